@@ -1,0 +1,51 @@
+// The C ABI, once: LIBI_ENTRY_POINTS(X) calls X(name, parameters, arguments) for every function of the library.
+//
+// A new kernel adds its line here, defines the function inside namespace libi::LIBI_ISA, and is listed in
+// CMakeLists.txt; dispatch.cpp makes the exported libi_<name> from it. Sizes are int64, a result is 0 or an Error.
+#pragma once
+
+#include <cstdint>
+
+#define LIBI_DRAWS                                                                                                    \
+    uint64_t seed, const int64_t *replicas, int64_t num_replicas, int64_t first_row, int64_t rows, int64_t first,      \
+        int64_t count, int64_t repetition, int64_t stream, int num_threads
+#define LIBI_DRAWS_ARGUMENTS seed, replicas, num_replicas, first_row, rows, first, count, repetition, stream, num_threads
+
+#define LIBI_ENTRY_POINTS(X)                                                                                          \
+    X(philox_words, (LIBI_DRAWS, int64_t *out), (LIBI_DRAWS_ARGUMENTS, out))                                          \
+    X(philox_uniform_f32, (LIBI_DRAWS, float *out), (LIBI_DRAWS_ARGUMENTS, out))                                      \
+    X(philox_uniform_f64, (LIBI_DRAWS, double *out), (LIBI_DRAWS_ARGUMENTS, out))                                     \
+    X(philox_normal_f32, (LIBI_DRAWS, float *out), (LIBI_DRAWS_ARGUMENTS, out))                                       \
+    X(philox_normal_f64, (LIBI_DRAWS, double *out), (LIBI_DRAWS_ARGUMENTS, out))                                      \
+    X(log_mean_exp_f32, (const float *x, int64_t rows, int64_t samples, int num_threads, float *out),                 \
+      (x, rows, samples, num_threads, out))                                                                           \
+    X(log_mean_exp_f64, (const double *x, int64_t rows, int64_t samples, int num_threads, double *out),               \
+      (x, rows, samples, num_threads, out))                                                                           \
+    X(log_mean_exp_backward_f32,                                                                                      \
+      (const float *grad, const float *x, const float *out, int64_t rows, int64_t samples, int num_threads,           \
+       float *grad_x),                                                                                                \
+      (grad, x, out, rows, samples, num_threads, grad_x))                                                             \
+    X(log_mean_exp_backward_f64,                                                                                      \
+      (const double *grad, const double *x, const double *out, int64_t rows, int64_t samples, int num_threads,        \
+       double *grad_x),                                                                                               \
+      (grad, x, out, rows, samples, num_threads, grad_x))
+
+namespace libi {
+
+enum Error : int { kOk = 0, kBadSize = 1, kCounterOverflow = 2, kOutOfMemory = 3 };
+
+#define LIBI_DECLARE(name, parameters, arguments) int name parameters;
+namespace generic {
+LIBI_ENTRY_POINTS(LIBI_DECLARE)
+}
+#if defined(LIBI_X86_LEVELS)
+namespace v3 {
+LIBI_ENTRY_POINTS(LIBI_DECLARE)
+}
+namespace v4 {
+LIBI_ENTRY_POINTS(LIBI_DECLARE)
+}
+#endif
+#undef LIBI_DECLARE
+
+}  // namespace libi

@@ -1,0 +1,22 @@
+"""Likelihoods of latent-variable models: fused kernels, and LiBI.
+
+>>> import libi_fast as lf
+"""
+
+from libi_fast.errors import InputError
+from libi_fast.estimators import LogLikelihood, log_likelihood, pareto_k
+from libi_fast.models.likelihoods import Bernoulli, DiagonalGaussian, Gaussian, Likelihood
+from libi_fast.models.linear_gaussian import (
+    closest_mean_field,
+    exact_log_likelihood,
+    exact_posterior,
+    linear_gaussian_marginal,
+)
+from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian
+from libi_fast.models.networks import Cube, JTExMap, mlp
+from libi_fast.ops._library import use_backend
+from libi_fast.ops.henze_zirkler import HenzeZirkler, henze_zirkler
+from libi_fast.ops.log_mean_exp import log_mean_exp
+from libi_fast.ops.random import Stream, philox_normal, philox_uniform
+from libi_fast import data  # isort: skip
+from libi_fast.training import IWAE, VAE, LiBI, Method

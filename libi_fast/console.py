@@ -1,0 +1,30 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from libi_fast.errors import InputError
+
+
+def require_tables() -> None:
+    """Raises InputError where rich is missing: before the work whose result it would print."""
+    if importlib.util.find_spec("rich") is None:
+        raise InputError("tables on the terminal need rich: pip install 'libi-fast[full]'")
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
+    """Prints a table to stdout: the first column to the left, the others to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), box=box.SIMPLE, caption=None if caption is None else Text(caption))
+    table.title_justify = table.caption_justify = "left"
+    for i, name in enumerate(header):
+        table.add_column(Text(name), justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: a column called "[red]" is not markup
+    Console(highlight=False).print(table)

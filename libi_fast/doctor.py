@@ -1,0 +1,71 @@
+"""What this installation has and lacks, one line each."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+REQUIRED = ("numpy", "safetensors", "tqdm")
+OPTIONAL = {
+    "pandas": ".csv and .parquet files",
+    "pyarrow": ".parquet files",
+    "scikit-learn": "the data sets digits and wine",
+    "matplotlib": "figures, demo",
+    "rich": "tables on the terminal",
+}
+ISA = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)", "generic": "generic"}
+
+
+def report() -> Iterator[str]:
+    """The lines that ``libi-fast doctor`` prints. Nothing here raises: a thing that is broken is a line too."""
+    yield _line("libi_fast", True, _version("libi-fast") or "not installed, run from its source tree")
+    yield _line("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield _line("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads")
+    yield _compiled_library()
+    yield _triton()
+    yield _gpu()
+    for name in REQUIRED:
+        yield _package(name, "required: pip install libi-fast")
+    for name, use in OPTIONAL.items():
+        yield _package(name, f"for {use}: pip install 'libi-fast[full]'")
+
+
+def _compiled_library() -> str:
+    from libi_fast.kernels import cpu
+
+    if not cpu.available():
+        return _line("compiled library", False, f"{cpu.why_unavailable()}; the reference serves, slower")
+    threads = "OpenMP" if cpu.openmp() else "one thread: built without OpenMP"
+    return _line("compiled library", True, f"{ISA.get(cpu.isa(), cpu.isa())}, {threads}")
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return _line("triton", False, "not installed (GPU wheels of torch bring it; the CPU does without)")
+    return _line("triton", True, _version("triton") or "installed")
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return _line("GPU", False, "none that torch can use; everything runs on the CPU")
+    return _line("GPU", True, ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
+
+
+def _package(name: str, hint: str) -> str:
+    found = _version(name)
+    return _line(name, found is not None, found or hint)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _line(name: str, ok: bool, text: str) -> str:
+    return f"{'ok' if ok else 'missing':<8}{name:<18}{text}"

@@ -1,0 +1,1 @@
+"""Models, likelihoods, proposals and closed forms."""

@@ -1,0 +1,148 @@
+"""Likelihoods p(x | z): what the decoder's output means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libi_fast.errors import InputError
+from libi_fast.kernels.importance import reference
+
+
+class Likelihood(nn.Module):
+    """Base of all likelihoods. ``name`` is its word in configurations and kernels."""
+
+    name = ""
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        """log p(x | decoder output), x and output [..., D] (broadcasting) -> [...], in nats."""
+        raise NotImplementedError
+
+    def sample(self, output: Tensor, noise: Tensor) -> Tensor:
+        """A draw [..., D] from the decoder's output; noise is standard normal [..., D] (Gaussian) or uniform (Bernoulli)."""
+        raise NotImplementedError
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[x | z], [..., D]."""
+        return output
+
+    def check(self, x: Tensor, output_dim: int | None = None) -> None:
+        """Raise InputError where data x [N, D] lies outside the support or the decoder's width does not fit."""
+        if output_dim is not None and output_dim != x.shape[-1]:
+            raise InputError(f"the decoder's output has {output_dim} values a row but the data has {x.shape[-1]} columns")
+
+    def config(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+class DiagonalGaussian(Likelihood):
+    """x | z = decoder(z) + noise, noise ~ N(0, diag(variance)).
+
+    Args:
+        variance: [D] (or [] for one value everywhere), in squared units of x.
+        learned: train the variance (as its logarithm) with the decoder.
+        least: floor of a learned variance; keeps a pixel that is reconstructed exactly from an infinite likelihood.
+
+    Raises:
+        InputError: a variance that is not positive and finite.
+    """
+
+    name = "gaussian"
+
+    def __init__(self, variance: Tensor | float, learned: bool = False, least: float = 1e-6):
+        super().__init__()
+        value = torch.as_tensor(variance)
+        if not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
+        if value.dim() > 1:
+            raise InputError(f"variance must have shape [] or [D], got {tuple(value.shape)}")
+        if not bool((torch.isfinite(value) & (value > 0)).all()):
+            raise InputError(f"variance must be positive and finite, got {value.detach().flatten().tolist()[:5]}")
+        self.learned, self.least = learned, least
+        if learned:
+            self._start = (value - least).clamp_min(least).log().reshape(-1)
+            self.log_variance = nn.Parameter(self._start.clone())
+        else:
+            # Kept as it is, not as a logarithm: exp(log(1e-5)) in float32 would cost 0.01 nats at log-weights of 1e4.
+            self.register_buffer("fixed_variance", value.reshape(-1))
+
+    def reset_parameters(self) -> None:
+        """A restart begins from the variance given."""
+        if self.learned:
+            with torch.no_grad():
+                self.log_variance.copy_(self._start)
+
+    @property
+    def variance(self) -> Tensor:
+        """[D] or [1]."""
+        return self.log_variance.exp() + self.least if self.learned else self.fixed_variance
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        return reference.gaussian(x, output, self.variance)
+
+    def sample(self, output: Tensor, noise: Tensor) -> Tensor:
+        return output + self.variance.sqrt() * noise
+
+    def check(self, x: Tensor, output_dim: int | None = None) -> None:
+        super().check(x, output_dim)
+        size = self.variance.shape[-1]
+        if size not in (1, x.shape[-1]):
+            raise InputError(f"variance has {size} values but the data has {x.shape[-1]} columns")
+
+    def config(self) -> dict[str, Any]:
+        values = self.variance.detach().double().tolist()
+        if self.learned:  # the values live with the weights
+            return {"name": self.name, "learned": True, "least": self.least, "size": len(values)}
+        return {"name": self.name, "learned": False, "variance": values}
+
+
+class Gaussian(DiagonalGaussian):
+    """x | z = decoder(z) + noise, noise ~ N(0, variance I): one variance for every column.
+
+    Args, Raises: as for :class:`DiagonalGaussian`, with one number.
+    """
+
+    def __init__(self, variance: float, learned: bool = False, least: float = 1e-6):
+        if torch.as_tensor(variance).numel() != 1:
+            raise InputError("Gaussian takes one variance; DiagonalGaussian takes one a column")
+        super().__init__(torch.as_tensor(variance).reshape(()), learned, least)
+
+
+class Bernoulli(Likelihood):
+    """x | z ~ Bernoulli(sigmoid(decoder(z))); x may lie anywhere in [0, 1] (the cross entropy)."""
+
+    name = "bernoulli"
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        return reference.bernoulli(x, output)
+
+    def sample(self, output: Tensor, noise: Tensor) -> Tensor:
+        return (noise < torch.sigmoid(output)).to(output.dtype)
+
+    def mean(self, output: Tensor) -> Tensor:
+        return torch.sigmoid(output)
+
+    def check(self, x: Tensor, output_dim: int | None = None) -> None:
+        super().check(x, output_dim)
+        outside = ~((x >= 0) & (x <= 1))
+        if bool(outside.any()):
+            row, column = outside.nonzero()[0].tolist()
+            raise InputError(
+                f"a Bernoulli likelihood needs data in [0, 1]: row {row}, column {column} (counted from 0) holds "
+                f"{x[row, column].item():g}"
+            )
+
+
+def likelihood_from_config(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Likelihood:
+    """The inverse of ``config()``; a learned variance is filled when the weights are loaded."""
+    if config["name"] == "bernoulli":
+        return Bernoulli()
+    if config["name"] != "gaussian":
+        raise InputError(f"unknown likelihood {config['name']!r}; known: bernoulli, gaussian")
+    if config["learned"]:
+        return DiagonalGaussian(torch.ones(config["size"], dtype=dtype), True, config["least"])
+    return DiagonalGaussian(torch.tensor(config["variance"], dtype=dtype))
+
+

@@ -1,0 +1,129 @@
+"""Generative and inference models."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from libi_fast.errors import InputError
+from libi_fast.models.likelihoods import Likelihood
+from libi_fast.ops.random import Stream, as_seed, philox_normal, philox_uniform
+
+
+class MeanField(NamedTuple):
+    """A Gaussian with diagonal covariance for each row: mean and log standard deviation, [..., N, L]."""
+
+    mean: Tensor
+    log_std: Tensor
+
+    def kl_from_prior(self) -> Tensor:
+        """KL[q || N(0, I)] of each row, [..., N], in nats."""
+        return 0.5 * (self.mean.square() + (2 * self.log_std).exp() - 1 - 2 * self.log_std).sum(-1)
+
+
+class LatentVariableModel(nn.Module):
+    """p(x) = integral of p(x | decoder(z)) N(z; 0, I) over codes z in R^L.
+
+    Args:
+        decoder: any module from z [batch, L] to the likelihood's parameters [batch, D]. A ``Sequential`` of ``Linear`` and
+            elementwise activations is recognised and runs in the fused kernels.
+        likelihood: ``Gaussian``, ``DiagonalGaussian``, ``Bernoulli``.
+        latent_dim: L.
+
+    Raises:
+        InputError: latent_dim below 1, a decoder that cannot take codes of that size.
+    """
+
+    def __init__(self, decoder: nn.Module, likelihood: Likelihood, latent_dim: int):
+        super().__init__()
+        if not isinstance(decoder, nn.Module):
+            raise TypeError(f"decoder must be a torch.nn.Module, got {type(decoder).__name__}")
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(f"likelihood must be a libi_fast likelihood, got {type(likelihood).__name__}")
+        if latent_dim < 1:
+            raise InputError(f"latent_dim must be at least 1, got {latent_dim}")
+        self.decoder, self.likelihood, self.latent_dim = decoder, likelihood, latent_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x | z), x [..., D] and z [..., L] (leading dimensions broadcast) -> [...], in nats."""
+        output = self.decode(z)
+        return self.likelihood.log_prob(x, output)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The decoder over any leading dimensions, its output flattened to [..., D]."""
+        return self.decoder(z.reshape(-1, z.shape[-1])).reshape(*z.shape[:-1], -1)
+
+    @torch.no_grad()
+    def check(self, x: Tensor) -> None:
+        """Raise InputError unless decoder, likelihood and data x [N, D] fit together."""
+        probe = torch.zeros(2, self.latent_dim, dtype=self.dtype, device=self.device)
+        try:
+            output = self.decoder(probe)
+        except RuntimeError as error:
+            raise InputError(f"the decoder does not take codes [batch, {self.latent_dim}]: {error}") from error
+        if output.shape[0] != 2:
+            raise InputError(f"the decoder maps [2, {self.latent_dim}] to {tuple(output.shape)}: the batch must come first")
+        self.likelihood.check(x, output[0].numel())
+
+    @torch.no_grad()
+    def sample(self, n: int, seed: int | Tensor | None = None) -> Tensor:
+        """n draws from p(x), [n, D]: ancestral, row i the same for every n.
+
+        Raises:
+            InputError: n below 1, a seed outside 64 bits.
+        """
+        if n < 1:
+            raise InputError(f"n must be at least 1, got {n}")
+
+        key = as_seed(seed, self.device)
+        common: dict[str, Any] = dict(stream=Stream.MODEL_SAMPLE, dtype=self.dtype, device=self.device)
+        output = self.decode(philox_normal(key, n, self.latent_dim, **common))
+        draw = philox_uniform if self.likelihood.name == "bernoulli" else philox_normal
+        return self.likelihood.sample(output, draw(key, n, output.shape[-1], repetition=1, **common))
+
+    def config(self) -> dict[str, Any]:
+        from libi_fast.models.networks import describe
+
+        return {
+            "latent_dim": self.latent_dim,
+            "likelihood": self.likelihood.config(),
+            "decoder": describe(self.decoder) or {"custom": type(self.decoder).__name__},
+        }
+
+
+class MeanFieldGaussian(nn.Module):
+    """q(z | x) = N(mean(x), diag(exp(log_std(x)))^2).
+
+    Args:
+        network: a module from x [batch, D] to [batch, 2L] (mean, then log standard deviation), or to a pair of [batch, L].
+    """
+
+    LEAST_LOG_STD, LARGEST_LOG_STD = math.log(1e-8), math.log(1e4)
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
+        self.network = network
+
+    def forward(self, x: Tensor) -> MeanField:
+        output = self.network(x)
+        if isinstance(output, tuple | list):
+            mean, log_std = output
+        else:
+            if output.shape[-1] % 2:
+                raise InputError(f"the inference network must give mean and log_std, an even width, got {output.shape[-1]}")
+            mean, log_std = output.chunk(2, -1)
+        # Far outside any use; keeps exp and its square finite in float32 while a bad start recovers.
+        return MeanField(mean, log_std.clamp(self.LEAST_LOG_STD, self.LARGEST_LOG_STD))

@@ -1,0 +1,180 @@
+"""Building networks, and recognising those that the fused kernels take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libi_fast.errors import InputError
+from libi_fast.ops.importance import Layers
+
+
+class Cube(nn.Module):
+    """a^3 elementwise (the paper's CubicJTEx)."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        return a * a * a
+
+
+class JTExMap(nn.Module):
+    """z -> chol(A A' + B) z, the paper's LinearJTEx decoder; A [D, L] is learned, B diagonal and known.
+
+    Args:
+        b: [D], the diagonal of B, in squared units of x.
+    """
+
+    def __init__(self, b: Sequence[float] | Tensor):
+        super().__init__()
+        diagonal = torch.as_tensor(b, dtype=torch.get_default_dtype())
+        self.register_buffer("b", diagonal)
+        self.a = nn.Parameter(torch.empty(len(diagonal), len(diagonal)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+
+    @property
+    def weight(self) -> Tensor:
+        """[D, L], lower triangular."""
+        return torch.linalg.cholesky_ex(self.a @ self.a.mT + torch.diag_embed(self.b)).L
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z @ self.weight.mT
+
+
+ACTIVATIONS: dict[str, Any] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "cube": Cube,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+}
+_DEFAULTS = {
+    nn.Softplus: {"beta": 1.0, "threshold": 20.0},
+    nn.GELU: {"approximate": "none"},
+    nn.LeakyReLU: {"negative_slope": 0.01},
+    nn.ELU: {"alpha": 1.0},
+}
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "tanh", bias: bool = True) -> nn.Sequential:
+    """Linear layers with ``activation`` between them and none at the end.
+
+    Raises:
+        InputError: an unknown activation or a width below 1.
+    """
+    if activation not in ACTIVATIONS:
+        raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    widths = [inputs, *hidden, outputs]
+    if min(widths) < 1:
+        raise InputError(f"every width must be at least 1, got {widths}")
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        layers += [nn.Linear(fan_in, fan_out, bias=bias)]
+        if i < len(widths) - 2:
+            layers += [ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers)
+
+
+def _activation_name(module: nn.Module) -> str | None:
+    for name, kind in ACTIVATIONS.items():
+        if type(module) is kind:
+            wanted = _DEFAULTS.get(kind, {})
+            return name if all(getattr(module, k) == v for k, v in wanted.items()) else None
+    return None
+
+
+def chain(module: nn.Module) -> list[tuple[nn.Module, str]] | None:
+    """(linear map, activation) pairs of a Sequential of linear maps and elementwise activations, or None for any other."""
+    flat = [m for m in module.modules() if type(m) is not nn.Sequential] if isinstance(module, nn.Sequential) else [module]
+    pairs: list[tuple[nn.Module, str]] = []
+    for part in flat:
+        if type(part) in (nn.Linear, JTExMap):
+            pairs.append((part, "identity"))
+            continue
+        name = _activation_name(part)
+        if name is None or not pairs:
+            return None
+        if name != "identity":
+            if pairs[-1][1] != "identity":
+                return None
+            pairs[-1] = (pairs[-1][0], name)
+    return pairs or None
+
+
+def recognise(module: nn.Module, likelihood: str) -> tuple[Layers, list[Tensor]] | None:
+    """What ``torch.ops.libi_fast.importance`` needs of a decoder, tensors with a replica dimension of 1 in front."""
+    pairs = chain(module)
+    if pairs is None or _hooked(module):
+        return None
+    tensors: list[Tensor] = []
+    has_bias = []
+    for linear, _ in pairs:
+        bias = getattr(linear, "bias", None)
+        tensors += [linear.weight[None]] if bias is None else [linear.weight[None], bias[None]]  # type: ignore[index]
+        has_bias.append(bias is not None)
+    return Layers(tuple(name for _, name in pairs), tuple(has_bias), likelihood), tensors
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Hooks and parametrizations run in ``forward`` only, so a module that carries them must be called."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations") for m in module.modules()
+    )  # fmt: skip
+
+
+def describe(module: nn.Module) -> list[dict[str, Any]] | None:
+    """A JSON-able account from which :func:`build` makes the same architecture; None where that is not possible."""
+    if isinstance(module, nn.Sequential):
+        parts = [describe(m) for m in module]
+        return None if any(p is None for p in parts) else [d for p in parts for d in p]  # type: ignore[union-attr]
+    if type(module) is nn.Linear:
+        return [{"layer": "linear", "in": module.in_features, "out": module.out_features, "bias": module.bias is not None}]
+    if type(module) is JTExMap:
+        return [{"layer": "jtex", "b": module.b.double().tolist()}]
+    name = _activation_name(module)
+    return None if name is None else [{"layer": name}]
+
+
+def build(description: list[dict[str, Any]]) -> nn.Module:
+    """The inverse of :func:`describe`, with fresh weights."""
+    layers: list[nn.Module] = []
+    for entry in description:
+        kind = entry["layer"]
+        if kind == "linear":
+            layers.append(nn.Linear(entry["in"], entry["out"], bias=entry["bias"]))
+        elif kind == "jtex":
+            layers.append(JTExMap(entry["b"]))
+        elif kind in ACTIVATIONS:
+            layers.append(ACTIVATIONS[kind]())
+        else:
+            raise InputError(f"unknown layer {kind!r}")
+    return nn.Sequential(*layers)
+
+
+def fresh_copy(module: nn.Module) -> nn.Module:
+    """A copy with newly drawn parameters.
+
+    Raises:
+        InputError: a layer that owns parameters has no ``reset_parameters()``.
+    """
+    clone = copy.deepcopy(module)
+    for name, part in clone.named_modules():
+        owns = any(True for _ in part.parameters(recurse=False))
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+        elif owns:
+            raise InputError(
+                f"restarts need fresh parameters, but {type(part).__name__} ({name or 'the module itself'}) has no "
+                "reset_parameters(); give it one, or pass a factory"
+            )
+    return clone

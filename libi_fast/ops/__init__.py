@@ -1,0 +1,1 @@
+"""Operators: argument checks, autograd, vmap and choice of backend over the kernels."""

@@ -1,0 +1,354 @@
+"""The importance-weighted log-likelihood as an operator.
+
+Two paths with the same draws and the same formulas (kernels/importance/reference.py):
+
+* decoders that are a chain of linear maps and elementwise activations go through ``torch.ops.libi_fast.importance``;
+* any other function is evaluated in chunks over samples and evaluated again in backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from libi_fast.errors import InputError
+from libi_fast.kernels.importance import reference
+from libi_fast.kernels.importance.reference import Decoder, Draws, Sums, log_prior_over_proposal
+from libi_fast.ops import _library as lib
+from libi_fast.ops import random
+from libi_fast.ops.random import Stream
+
+DEFAULT_CHUNK = 4096
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
+
+
+def _normal(backend: str) -> Callable[..., Tensor]:
+    def draw(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype):
+        return random._philox(
+            seed, replicas, first_row, rows, first_draw, draws, repetition, stream, "normal", dtype, backend
+        )
+
+    return draw
+
+
+class Settings(NamedTuple):
+    """What a call needs besides tensors; one value for forward and backward."""
+
+    num_samples: int
+    gradient: str = "reparameterized"
+    tail: int = 0  # how many of the largest log-weights of each row are kept
+    first_row: int = 0
+    repetition: int = 0
+    stream: int = Stream.PROPOSAL
+    chunk_size: int = DEFAULT_CHUNK
+    backend: str = ""
+
+    def draws(self, seed: Tensor, replicas: Tensor) -> Draws:
+        return Draws(seed, replicas, self.first_row, self.repetition, int(self.stream), _normal(self.backend))
+
+
+class Layers(NamedTuple):
+    """The shape of a recognised decoder; its tensors travel apart, weight then bias of each layer."""
+
+    activations: tuple[str, ...]
+    has_bias: tuple[bool, ...]
+    likelihood: str
+
+    def decoder(self, parameters: Sequence[Tensor], variance: Tensor) -> Decoder:
+        rest = list(parameters)
+        weights, biases = [], []
+        for has in self.has_bias:
+            weights.append(rest.pop(0))
+            biases.append(rest.pop(0) if has else None)
+        return Decoder(weights, biases, self.activations, self.likelihood, variance)
+
+
+# --- recognised decoders: raw operators ---
+
+_DECODER_SCHEMA = "Tensor[] parameters, Tensor variance, str activations, bool[] has_bias, str likelihood, "
+_DRAWS_SCHEMA = (
+    "Tensor seed, Tensor replicas, SymInt num_samples, str gradient, SymInt tail, SymInt first_row, SymInt repetition, "
+    "int stream, SymInt chunk_size, str backend"
+)
+
+
+def _unpack(parameters, variance, activations, has_bias, likelihood, seed, replicas, *settings):
+    layers = Layers(tuple(activations.split(",")), tuple(has_bias), likelihood)
+    # The noise takes its fastest backend whatever the importance operator runs on: the numbers agree by contract.
+    chosen = Settings(*settings)
+    return layers.decoder(parameters, variance), chosen, chosen.draws(seed, replicas)
+
+
+def _reference_forward(x, mean, log_scale, *rest):
+    decoder, chosen, draws = _unpack(*rest)
+    return reference.forward(x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.tail, chosen.chunk_size)
+
+
+def _reference_backward(grad, log_likelihood, x, mean, log_scale, parameters, *rest):
+    decoder, chosen, draws = _unpack(parameters, *rest)
+    to_x, to_mean, to_scale, to_weights, to_biases, to_variance = reference.backward(
+        grad, log_likelihood, x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.gradient, chosen.chunk_size
+    )
+    flat = []
+    for weight, bias, has in zip(to_weights, to_biases, rest[2], strict=True):
+        flat += [weight, bias] if has else [weight]
+    # Tensors shared by all replicas take the sum.
+    to_parameters = [g.sum_to_size(p.shape).contiguous() for g, p in zip(flat, parameters, strict=True)]
+    to_x = to_x.sum_to_size(x.shape).contiguous()
+    return to_x, to_mean, to_scale, to_parameters, to_variance.sum_to_size(rest[0].shape).contiguous()
+
+
+def _fake_forward(x, mean, log_scale, parameters, variance, activations, has_bias, likelihood, seed, replicas,
+                  num_samples, gradient, tail, *settings):  # fmt: skip
+    shape = mean.shape[:2]
+    return mean.new_empty(shape), mean.new_empty(shape), mean.new_empty((*shape, tail))
+
+
+def _fake_backward(grad, log_likelihood, x, mean, log_scale, parameters, variance, *rest):
+    return (
+        x.new_empty(x.shape), mean.new_empty(mean.shape), mean.new_empty(log_scale.shape),
+        [p.new_empty(p.shape) for p in parameters], variance.new_empty(variance.shape),
+    )  # fmt: skip
+
+
+def _fold(info: Any, in_dims: Any, arguments: Sequence[Any]) -> tuple[list[Any], int]:
+    """Fold the vmapped dimension into the replicas; every vmapped element keeps the loop's draws, hence repeated ids.
+
+    ``leads`` tensors come first; ``shared`` are the arguments (x, parameters, variance) whose replica dimension may be 1.
+    """
+    size = info.batch_size
+    replicas = arguments[-10]
+    count = replicas.shape[0]
+
+    def fold(value: Any, dim: Any) -> Any:
+        if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
+            dims = dim if isinstance(dim, list | tuple) else [None] * len(value)
+            return [fold(v, d) for v, d in zip(value, dims, strict=True)]
+        if not isinstance(value, Tensor):
+            return value
+        moved = lib.leading(value, dim, size)
+        return moved.expand(size, count, *moved.shape[2:]).flatten(0, 1)
+
+    folded = [fold(v, d) for v, d in zip(arguments[:-11], in_dims, strict=False)]
+    if in_dims[len(arguments) - 11] is not None:
+        raise NotImplementedError("vmap over seed: loop over seeds, or use replicas")
+    return [*folded, arguments[-11], replicas.repeat(size), *arguments[-9:]], count
+
+
+def _vmap_forward(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    folded, count = _fold(info, in_dims, arguments)
+    results = _forward(*folded)
+    return tuple(r.unflatten(0, (info.batch_size, count)) for r in results), (0,) * len(results)
+
+
+def _vmap_backward(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    folded, count = _fold(info, in_dims, arguments)
+    x, parameters, variance = arguments[2], arguments[5], arguments[6]
+    dims = in_dims[5] if isinstance(in_dims[5], list | tuple) else [None] * len(parameters)
+    to_x, to_mean, to_scale, to_parameters, to_variance = _backward(*folded)
+
+    def unfold(grad: Tensor, like: Tensor, dim: int | None) -> Tensor:
+        shape = lib.leading(like, dim, info.batch_size).shape
+        return grad.unflatten(0, (info.batch_size, count)).sum_to_size(shape)
+
+    grads = (
+        unfold(to_x, x, in_dims[2]), to_mean.unflatten(0, (info.batch_size, count)),
+        to_scale.unflatten(0, (info.batch_size, count)),
+        [unfold(g, p, d) for g, p, d in zip(to_parameters, parameters, dims, strict=True)],
+        unfold(to_variance, variance, in_dims[6]),
+    )  # fmt: skip
+    return grads, (0, 0, 0, [0] * len(parameters), 0)
+
+
+_forward = lib.define(
+    "importance",
+    f"(Tensor x, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}{_DRAWS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    {"reference": _reference_forward},
+    _fake_forward,
+    _vmap_forward,
+)
+_backward = lib.define(
+    "importance_backward",
+    f"(Tensor grad, Tensor log_likelihood, Tensor x, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}{_DRAWS_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
+    {"reference": _reference_backward},
+    _fake_backward,
+    _vmap_backward,
+)
+
+
+class _Fused(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, mean, log_scale, variance, seed, replicas, layers, settings, *parameters):
+        return _forward(
+            x, mean, log_scale, list(parameters), variance, ",".join(layers.activations), list(layers.has_bias),
+            layers.likelihood, seed, replicas, *settings,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, mean, log_scale, variance, seed, replicas, layers, settings, *parameters = inputs
+        log_likelihood, effective, top = output
+        ctx.mark_non_differentiable(effective, top)
+        ctx.save_for_backward(log_likelihood, x, mean, log_scale, variance, seed, replicas, *parameters)
+        ctx.layers, ctx.settings = layers, settings
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *ignored: Any):
+        log_likelihood, x, mean, log_scale, variance, seed, replicas, *parameters = ctx.saved_tensors
+        layers = ctx.layers
+        to_x, to_mean, to_scale, to_parameters, to_variance = _backward(
+            grad, log_likelihood, x, mean, log_scale, parameters, variance, ",".join(layers.activations),
+            list(layers.has_bias), layers.likelihood, seed, replicas, *ctx.settings,
+        )  # fmt: skip
+        return to_x, to_mean, to_scale, to_variance, None, None, None, None, *to_parameters
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise lib.no_forward_mode("log_likelihood")
+
+
+# --- any other decoder: streamed ---
+
+LogProb = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
+"""(parameters, x [R, n, D], z [R, n, s, L]) -> log p(x | z) [R, n, s]"""
+
+
+class _Stream(NamedTuple):
+    log_prob: LogProb
+    settings: Settings
+    row_step: int
+    sample_step: int
+
+    def tiles(self, mean: Tensor, log_scale: Tensor, draws: Draws):
+        """Yield (rows, z, noise, log_scale of the rows) in the order the sums are merged."""
+        for rows in reference.blocks(mean.shape[1], self.row_step):
+            for samples in reference.blocks(self.settings.num_samples, self.sample_step):
+                noise = draws.noise(rows, samples, mean.shape[-1], mean.dtype)
+                row_scale = log_scale[:, rows, None]
+                yield rows, mean[:, rows, None] + row_scale.exp() * noise, noise, row_scale
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(x, mean, log_scale, seed, replicas, stream, *parameters):
+        draws = stream.settings.draws(seed, replicas)
+        parts: list[Any] = []
+        current = None
+        for rows, z, noise, row_scale in stream.tiles(mean, log_scale, draws):
+            if rows != current:
+                current = rows
+                parts.append(Sums.empty((mean.shape[0], rows.stop - rows.start), stream.settings.tail, mean))
+            log_weights = stream.log_prob(parameters, x[:, rows], z) + log_prior_over_proposal(z, noise, row_scale)
+            parts[-1] = parts[-1].merge(log_weights)
+        if not parts:
+            shape = mean.shape[:2]
+            return mean.new_empty(shape), mean.new_empty(shape), mean.new_empty((*shape, stream.settings.tail))
+        results = [p.results(stream.settings.num_samples) for p in parts]
+        return tuple(torch.cat(r, 1) for r in zip(*results, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, mean, log_scale, seed, replicas, stream, *parameters = inputs
+        log_likelihood, effective, top = output
+        ctx.mark_non_differentiable(effective, top)
+        ctx.save_for_backward(log_likelihood, x, mean, log_scale, seed, replicas, *parameters)
+        ctx.stream = stream
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *ignored: Any):
+        log_likelihood, x, mean, log_scale, seed, replicas, *parameters = ctx.saved_tensors
+        stream, settings = ctx.stream, ctx.stream.settings
+        wanted = [i for i, p in enumerate(parameters) if ctx.needs_input_grad[6 + i]]
+        to_x, to_mean, to_scale = torch.zeros_like(x), torch.zeros_like(mean), torch.zeros_like(log_scale)
+        to_parameters = {i: torch.zeros_like(parameters[i]) for i in wanted}
+        for rows, z, noise, row_scale in stream.tiles(mean, log_scale, settings.draws(seed, replicas)):
+            with torch.enable_grad():
+                z_leaf, x_leaf = z.detach().requires_grad_(), x[:, rows].detach().requires_grad_()
+                leaves = [p.detach().requires_grad_(i in to_parameters) for i, p in enumerate(parameters)]
+                log_prob = stream.log_prob(leaves, x_leaf, z_leaf)
+            log_weights = log_prob.detach() + log_prior_over_proposal(z, noise, row_scale)
+            v, share = reference.shares(grad[:, rows], log_weights, log_likelihood[:, rows], settings.num_samples)
+            inputs = [z_leaf, x_leaf, *(leaves[i] for i in wanted)]
+            to_z, from_x, *from_parameters = torch.autograd.grad(
+                log_prob, inputs, share, allow_unused=True, materialize_grads=True
+            )
+            from_mean, from_scale = reference.proposal_gradient(
+                settings.gradient, to_z, share, v, z, noise, row_scale
+            )
+            to_mean[:, rows] += from_mean
+            to_scale[:, rows] += from_scale
+            to_x[:, rows] += from_x
+            for i, g in zip(wanted, from_parameters, strict=True):
+                to_parameters[i] += g
+        return to_x, to_mean, to_scale, None, None, None, *(to_parameters.get(i) for i in range(len(parameters)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise lib.no_forward_mode("log_likelihood")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise NotImplementedError(
+            "log_likelihood under vmap needs a decoder of Linear and elementwise layers; pass replicas for any other"
+        )
+
+
+# --- entry points on tensors ---
+
+
+class Estimate(NamedTuple):
+    """log_likelihood (differentiable), effective_sample_size [R, N] and top [R, N, tail] log-weights, largest first."""
+
+    log_likelihood: Tensor
+    effective_sample_size: Tensor
+    top: Tensor
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise InputError for settings that no path can honour."""
+    if settings.gradient not in reference.GRADIENTS:
+        raise InputError(f"gradient must be one of {', '.join(map(repr, reference.GRADIENTS))}, got {settings.gradient!r}")
+    lib.check_index("num_samples", settings.num_samples, 2**32)
+    if settings.num_samples < 1:
+        raise InputError("num_samples must be at least 1, got 0")
+    lib.check_index("chunk_size", settings.chunk_size, 2**32)
+    if settings.chunk_size < 1:
+        raise InputError("chunk_size must be at least 1, got 0")
+    lib.check_index("first_row", settings.first_row, random.INDEX_LIMIT)
+    lib.check_index("repetition", settings.repetition, random.INDEX_LIMIT)
+
+
+def importance_layers(
+    x: Tensor, mean: Tensor, log_scale: Tensor, layers: Layers, parameters: Sequence[Tensor], variance: Tensor,
+    seed: Tensor, replicas: Tensor, settings: Settings,
+) -> Estimate:  # fmt: skip
+    """A recognised decoder. x [R or 1, N, D]; mean, log_scale [R, N, L]; parameters with R or 1 in front; variance likewise."""
+    return Estimate(*_Fused.apply(x, mean, log_scale, variance, seed, replicas, layers, settings, *parameters))
+
+
+def importance_streamed(
+    x: Tensor, mean: Tensor, log_scale: Tensor, log_prob: LogProb, parameters: Sequence[Tensor], seed: Tensor,
+    replicas: Tensor, settings: Settings, widest: int, chunk_size: int | None = None,
+) -> Estimate:  # fmt: skip
+    """Any conditional density. ``widest`` (values a sample needs at once) sets the tile; ``chunk_size`` samples override it."""
+    budget = max(1, reference.TILE_VALUES // (widest * mean.shape[0]))
+    row_step = max(1, min(mean.shape[1], budget))
+    sample_step = min(settings.num_samples, chunk_size or max(1, budget // row_step))
+    stream = _Stream(log_prob, settings, row_step, sample_step)
+    return Estimate(*_Streamed.apply(x, mean, log_scale, seed, replicas, stream, *parameters))
+
+
+def standard_error(effective_sample_size: Tensor, num_samples: int) -> Tensor:
+    """Of the log-likelihood, by the delta method: sd(w) / (mean(w) sqrt S), from Kish's effective sample size."""
+    if num_samples < 2:
+        return torch.full_like(effective_sample_size, math.nan)
+    return ((num_samples / effective_sample_size - 1).clamp_min(0) / (num_samples - 1)).sqrt()

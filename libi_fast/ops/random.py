@@ -1,0 +1,136 @@
+"""Counter-based random numbers: the same on every backend, device, block size and number of processes."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from libi_fast.errors import InputError
+from libi_fast.kernels import cpu as native
+from libi_fast.kernels.random import reference
+from libi_fast.ops import _library as lib
+
+
+class Stream(IntEnum):
+    """What a random number is for; the counter's last word keeps uses apart."""
+
+    PROPOSAL = 0
+    RESAMPLING = 1
+    MOMENTUM = 2
+    ACCEPTANCE = 3
+    DATA = 4
+    INITIALISATION = 5
+    TRAINING = 6
+    MODEL_SAMPLE = 7
+
+
+INDEX_LIMIT = 2**32
+REPLICA_LIMIT = 2**24
+_CONVERT = {"uniform": reference.to_uniform, "normal": reference.to_normal}
+
+
+def _reference(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, kind, dtype):
+    return reference.draws(
+        _CONVERT[kind], seed, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype
+    )
+
+
+def _native(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, kind, dtype):
+    function = native.philox_uniform if kind == "uniform" else native.philox_normal
+    key = int(seed) & (2**64 - 1)
+    return function(key, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype)
+
+
+_philox = lib.define(
+    "philox",
+    "(Tensor seed, Tensor replicas, SymInt first_row, SymInt rows, SymInt first_draw, SymInt draws, SymInt repetition, "
+    "int stream, str kind, ScalarType dtype, str backend) -> Tensor",
+    {"reference": _reference, "cpu": _native},
+    lambda seed, replicas, first_row, rows, first_draw, draws, repetition, stream, kind, dtype: seed.new_empty(
+        (replicas.shape[0], rows, draws), dtype=dtype
+    ),
+)
+
+
+def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None) -> Tensor:
+    """A 64-bit seed as an int64 tensor []; None draws one number from torch's default generator.
+
+    Raises:
+        InputError: an integer outside 0 .. 2^64 - 1, a tensor that is not one integer.
+    """
+    if seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, ())
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim():
+            raise InputError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+        return seed if device is None else seed.to(device)
+    lib.check_index("seed", seed, 2**64)
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+
+
+def as_replicas(replicas: Tensor | int | None, device: torch.device | str | None = None) -> Tensor:
+    """Replica indices int64 [R]; an integer R means 0 .. R - 1, None the one replica 0."""
+    if isinstance(replicas, Tensor):
+        if replicas.dtype != torch.int64 or replicas.dim() != 1:
+            raise InputError(f"replicas must be int64 [R], got {replicas.dtype} of shape {tuple(replicas.shape)}")
+        return replicas
+    count = 1 if replicas is None else replicas
+    lib.check_index("replicas", count, REPLICA_LIMIT + 1)
+    return torch.arange(count, device=device)
+
+
+def _draw(
+    kind: str, seed: Any, rows: int, draws: int, replicas: Any, first_row: int, first_draw: int, repetition: int,
+    stream: int, dtype: torch.dtype, device: Any, backend: str | None,
+) -> Tensor:  # fmt: skip
+    if dtype not in lib.FLOATS:
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    for name, value in dict(rows=rows, draws=draws, first_row=first_row, first_draw=first_draw).items():
+        lib.check_index(name, value, 4 * INDEX_LIMIT)
+    lib.check_index("repetition", repetition, INDEX_LIMIT)
+    lib.check_index("stream", int(stream), 256)
+    if first_row + rows > INDEX_LIMIT or first_draw + draws > 4 * INDEX_LIMIT:
+        raise InputError("a row index past 2^32 or a draw past 2^34 does not fit the counter")
+    key = as_seed(seed, device)
+    ids = as_replicas(replicas, key.device)
+    result = _philox(
+        key, ids, first_row, rows, first_draw, draws, repetition, int(stream), kind, dtype, lib.current_backend(backend)
+    )
+    return result[0] if replicas is None else result
+
+
+def philox_uniform(
+    seed: int | Tensor | None, rows: int, draws: int, *, replicas: Tensor | int | None = None, first_row: int = 0,
+    first_draw: int = 0, repetition: int = 0, stream: int = Stream.PROPOSAL, dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Uniform numbers in (0, 1), [rows, draws], or [R, rows, draws] with ``replicas``.
+
+    Draw i of global row n depends on (seed, n, i, repetition, stream, replica) alone, so a shard draws what the whole would.
+
+    Args:
+        seed: 0 .. 2^64 - 1, an int64 tensor [], or None for one number from torch's default generator.
+        rows, first_row: the rows first_row .. first_row + rows - 1.
+        draws, first_draw: which draws of each row's sequence.
+        replicas: int64 [R] of replica indices, or R for 0 .. R - 1.
+        repetition: a chain, epoch or repetition number; stream: what the numbers are for.
+
+    Raises:
+        InputError: an index that does not fit the counter (2^32; 2^24 for replicas); TypeError: wrong types.
+
+    Source:
+        Philox4x32-10, Salmon et al. 2011; see kernels/random/reference.py for the counters.
+    """
+    return _draw("uniform", seed, rows, draws, replicas, first_row, first_draw, repetition, stream, dtype, device, backend)
+
+
+def philox_normal(
+    seed: int | Tensor | None, rows: int, draws: int, *, replicas: Tensor | int | None = None, first_row: int = 0,
+    first_draw: int = 0, repetition: int = 0, stream: int = Stream.PROPOSAL, dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Standard normal numbers by Box-Muller; arguments, shape and errors as in :func:`philox_uniform`."""
+    return _draw("normal", seed, rows, draws, replicas, first_row, first_draw, repetition, stream, dtype, device, backend)

@@ -1,0 +1,50 @@
+"""LiBI and its rivals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from libi_fast.errors import InputError
+from libi_fast.models.likelihoods import likelihood_from_config
+from libi_fast.models.model import LatentVariableModel, MeanFieldGaussian
+from libi_fast.models.networks import build
+from libi_fast.training.libi import LiBI
+from libi_fast.training.method import Method
+from libi_fast.training.vae import IWAE, VAE
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (LiBI, VAE, IWAE)}
+
+
+def from_config(config: dict[str, Any], decoder: torch.nn.Module | None = None, network: torch.nn.Module | None = None) -> Method:
+    """The method that ``Method.config()`` describes, with fresh weights.
+
+    Args:
+        decoder, network: needed where the saved ones were modules of a user's own.
+
+    Raises:
+        InputError: an unknown method, or a module of a user's own that was not passed.
+    """
+    from libi_fast.data import Standardizer
+
+    if config["method"] not in METHODS:
+        raise InputError(f"unknown method {config['method']!r}; known: {', '.join(METHODS)}")
+    dtype = getattr(torch, config["dtype"])
+
+    def module(described: Any, given: torch.nn.Module | None, what: str) -> torch.nn.Module:
+        if given is not None:
+            return given
+        if isinstance(described, dict):
+            raise InputError(f"the {what} was a module of your own ({described['custom']}): pass it as {what}=")
+        return build(described).to(dtype)
+
+    m = config["model"]
+    likelihood = likelihood_from_config(m["likelihood"], dtype)
+    model = LatentVariableModel(module(m["decoder"], decoder, "decoder"), likelihood, m["latent_dim"])
+    inference = MeanFieldGaussian(module(config["inference"], network, "network"))
+    method = METHODS[config["method"]](model, inference, **config["settings"])
+    saved = config.get("standardizer")
+    method.standardizer = None if saved is None else Standardizer.from_config(saved)
+    method.columns = config.get("columns")
+    return method

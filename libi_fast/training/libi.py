@@ -1,0 +1,236 @@
+"""LiBI: Likelihood Before Inference (Yacoby, Pan and Doshi-Velez 2020, Eqs 6-7 and 42-46)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libi_fast.errors import InputError
+from libi_fast.kernels.henze_zirkler.reference import whiten
+from libi_fast.ops.henze_zirkler import henze_zirkler_statistic
+from libi_fast.training import distributed
+from libi_fast.training.constraints import moment_errors, safe_exp
+from libi_fast.training.method import VALIDATION_SAMPLES, Method, Run, elbo_terms
+from libi_fast.training.optimise import Batches
+from libi_fast.training.replicas import Replicas, System, chosen
+
+STEP1_SHARE = 2 / 3  # of a repeat's epochs
+START_STDS = [0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001]
+
+
+class LiBI(Method):
+    """Learn the generative model first, under constraints on its codes, then the inference model; repeat, keep the best.
+
+    Step 1 minimises, over the decoder and the encoder z_n = h(x_n),
+    ``-(1/N) sum log p(x_n | z_n) + hz_weight exp(HZ({z_n})) + exp(||Cov - I||_F^2 / covariance_tolerance)
+    + exp(||mean||^2 / mean_tolerance)``. Step 2 minimises -ELBO over the inference network, the decoder fixed. Step 3 begins
+    the next repeat with h = the mean of q.
+
+    Args:
+        model, inference: see :class:`Method`.
+        encoder: a network of its own for h in the first step 1, of the inference network's architecture up to the last
+            layer (L outputs, or 2L); None uses the mean of q throughout, which is what the repeats do anyway.
+        hz_weight, covariance_tolerance, mean_tolerance: the paper's eps_HZ, eps_Sigma, eps_mu.
+        repeats: R.
+        whiten: start with an encoder whose codes have mean 0 and covariance I (its last layer is rescaled).
+        warm_up: epochs of the first step 1 in which the decoder alone learns, on frozen codes.
+        initial_std: q's standard deviation as step 2 begins (the paper leaves it open); None takes each restart's best of a
+            geometric grid, because 0.05 is far too wide where the noise variance is 1e-6.
+
+    Raises:
+        InputError: a weight or tolerance that is not positive, repeats below 1, fewer rows a batch than the statistics need.
+    """
+
+    name = "libi"
+
+    def __init__(
+        self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
+        mean_tolerance: float = 0.2, repeats: int = 1, whiten: bool = True, warm_up: int = 300,
+        initial_std: float | None = None,
+    ):  # fmt: skip
+        for label, value in dict(
+            hz_weight=hz_weight, covariance_tolerance=covariance_tolerance, mean_tolerance=mean_tolerance
+        ).items():
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"{label} must be positive and finite, got {value}")
+        if repeats < 1 or warm_up < 0:
+            raise InputError(f"repeats must be at least 1 and warm_up at least 0, got {repeats} and {warm_up}")
+        super().__init__(
+            model, inference, encoder, hz_weight=hz_weight, covariance_tolerance=covariance_tolerance,
+            mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up, initial_std=initial_std,
+        )  # fmt: skip
+
+    def _check_batches(self, batches: Batches) -> None:
+        # Below twice the codes' size the whitened points are all but determined by the whitening.
+        least = 2 * self.model.latent_dim + 2
+        batches.require(least, f"LiBI's statistics of {self.model.latent_dim}-dimensional codes")
+
+    # --- step 1 ---
+
+    def step1_terms(self, replicas: Replicas, x: Tensor) -> dict[str, Tensor]:
+        """The terms of step 1's objective on rows x [B, D], each [R]; with torch.distributed, this process's share of the
+        likelihood and the statistics of all processes' codes."""
+        s = self.settings
+        z = replicas.codes(x)
+        log_prob = replicas.log_prob(x, z)
+        every = distributed.gather_rows(z)
+        off_mean, off_covariance = moment_errors(every)
+        return {
+            "reconstruction": -log_prob.sum(-1) / every.shape[-2],
+            "henze_zirkler": s["hz_weight"] * safe_exp(henze_zirkler_statistic(every)),
+            "covariance": safe_exp(off_covariance / s["covariance_tolerance"]),
+            "mean": safe_exp(off_mean / s["mean_tolerance"]),
+        }
+
+    def _step1(self, run: Run, epochs: int, first: bool) -> Tensor:
+        replicas, s = run.replicas, self.settings
+        model_parameters = replicas.group("model.")
+        prefix = "inference." if replicas.template.encoder is None else "encoder."
+        encoder = replicas.group(prefix)
+        if first:
+            if s["whiten"]:
+                whiten_codes(replicas, prefix, run.batches.rows)
+            warm_up = min(s["warm_up"], epochs // 4)
+
+            def on_frozen_codes(x: Tensor, step: int) -> dict[str, Tensor]:
+                with torch.no_grad():
+                    z = replicas.codes(x)
+                return {"reconstruction": -replicas.log_prob(x, z).mean(-1)}
+
+            run.phase("warm-up", warm_up, model_parameters, on_frozen_codes, decay=False)
+            epochs -= warm_up
+        run.phase("step 1", epochs, [*model_parameters, *encoder], lambda x, step: self.step1_terms(replicas, x))
+        with torch.no_grad():
+            return torch.stack(list(self.step1_terms(replicas, run.validation).values())).sum(0)
+
+    # --- step 2 ---
+
+    def _step2(self, run: Run, epochs: int, first: bool) -> None:
+        replicas, latent_dim, dtype = run.replicas, self.model.latent_dim, self.model.dtype
+        if first:
+            if replicas.template.encoder is not None:
+                copy_encoder(replicas, latent_dim)
+            start_std(replicas, run, self.settings["initial_std"])
+        theta = replicas.group("model.")
+        for p in theta:
+            p.requires_grad_(False)
+        try:
+            run.phase(
+                "step 2", epochs, replicas.group("inference."),
+                lambda x, step: elbo_terms(replicas, x, run.noise(len(x), 1, latent_dim, step, dtype)),
+            )  # fmt: skip
+        finally:
+            for p in theta:
+                p.requires_grad_(True)
+
+    def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
+        replicas, repeats = run.replicas, self.settings["repeats"]
+        if epochs < 3 * repeats:
+            raise InputError(f"{repeats} repeats of two steps need at least {3 * repeats} epochs, got {epochs}")
+        best: dict[str, Tensor] = {}
+        scores = torch.full((replicas.count,), math.inf)
+        for repeat in range(repeats):
+            share = epochs * (repeat + 1) // repeats - epochs * repeat // repeats
+            step1 = round(share * STEP1_SHARE)
+            first = repeat == 0
+            objective = self._step1(run, step1, first)
+            self._step2(run, share - step1, first)
+            run.history.append({"phase": "repeat", "repeat": repeat, "objective": objective.tolist()})
+            if first:
+                best, scores = replicas.snapshot(), objective
+            else:
+                better = objective < scores
+                best, scores = chosen(better, replicas.snapshot(), best), torch.where(better, objective, scores)
+            replicas.template.encoder = None  # step 3: h is the mean of q from here on
+        return best, scores
+
+
+# --- starting points ---
+
+
+def last_linear(replicas: Replicas, prefix: str) -> tuple[str, str | None] | None:
+    """Names of the weight and bias of the last Linear under ``prefix``."""
+    found = [
+        name for name, m in replicas.template.named_modules() if isinstance(m, nn.Linear) and f"{name}.".startswith(prefix)
+    ]
+    if not found:
+        return None
+    weight, bias = f"{found[-1]}.weight", f"{found[-1]}.bias"
+    return weight, bias if bias in replicas.parameters else None
+
+
+@torch.no_grad()
+def whiten_codes(replicas: Replicas, prefix: str, x: Tensor) -> None:
+    """Rescale the encoder's last Linear so that the codes of x have mean 0 and covariance I; replicas where that last layer
+    does not produce the codes linearly, or whose codes are singular, stay as they are."""
+    names = last_linear(replicas, prefix)
+    if names is None:
+        return
+    z = replicas.codes(x)
+    latent_dim = z.shape[-1]
+    _, factor, singular = whiten(z)
+    before = replicas.snapshot()
+    usable = (~singular).view(-1, 1, 1)
+    inverse = torch.linalg.inv(torch.where(usable, factor, torch.eye(latent_dim, dtype=z.dtype, device=z.device)))
+    weight, bias = replicas.parameters[names[0]], replicas.parameters[names[1]] if names[1] else None
+    weight[:, :latent_dim] = inverse @ weight[:, :latent_dim]
+    if bias is not None:
+        centre = torch.where(usable[..., 0], z.mean(-2), torch.zeros_like(z.mean(-2)))
+        bias[:, :latent_dim] = (inverse @ (bias[:, :latent_dim] - centre)[..., None])[..., 0]
+    off_mean, off_covariance = moment_errors(replicas.codes(x))
+    worked = (off_covariance < 0.01) & ((off_mean < 0.01) if bias is not None else torch.isfinite(off_mean))
+    for name, value in chosen(worked, replicas.parameters, before).items():
+        replicas.parameters[name].copy_(value)
+
+
+@torch.no_grad()
+def start_std(replicas: Replicas, run: Run, initial_std: float | None) -> None:
+    """Set q's log standard deviation to one number: the one given, or each replica's best of a grid by the ELBO."""
+    names = last_linear(replicas, "inference.")
+    if names is None or names[1] is None:
+        return
+    weight, bias = replicas.parameters[names[0]], replicas.parameters[names[1]]
+    latent_dim = replicas.template.model.latent_dim
+    if bias.shape[1] != 2 * latent_dim:
+        return
+    weight[:, latent_dim:] = 0
+    x = run.batches.rows
+    best = torch.full((replicas.count,), math.inf, dtype=bias.dtype)
+    value = torch.full_like(best, math.log(initial_std or 0.05))
+    for std in START_STDS if initial_std is None else ():
+        bias[:, latent_dim:] = math.log(std)
+        noise = run.noise(len(x), 1, latent_dim, run.step, x.dtype)
+        objective = torch.stack(list(elbo_terms(replicas, x, noise).values())).sum(0)
+        better = objective < best
+        best, value = torch.where(better, objective, best), torch.where(better, math.log(std), value)
+    bias[:, latent_dim:] = value[:, None]
+
+
+@torch.no_grad()
+def copy_encoder(replicas: Replicas, latent_dim: int) -> None:
+    """Start the inference network from the encoder: the same layers, the last one's L rows as the mean.
+
+    Raises:
+        InputError: the two architectures differ.
+    """
+    template: System = replicas.template
+    assert template.encoder is not None
+    source = [f"encoder.{n}" for n, _ in template.encoder.named_parameters()]
+    target = [f"inference.network.{n}" for n, _ in template.inference.network.named_parameters()]
+    mismatch = InputError(
+        "the encoder and the inference network must share their architecture up to the last layer's width; "
+        "leave encoder=None to use the mean of q"
+    )
+    if len(source) != len(target):
+        raise mismatch
+    for a, b in zip(source, target, strict=True):
+        new, old = replicas.parameters[a], replicas.parameters[b]
+        if new.shape == old.shape:
+            old.copy_(new)
+        elif new.shape[2:] == old.shape[2:] and new.shape[1] == latent_dim and old.shape[1] == 2 * latent_dim:
+            old[:, :latent_dim] = new
+        else:
+            raise mismatch

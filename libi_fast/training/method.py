@@ -1,0 +1,268 @@
+"""What every way of training shares: fit, evaluate, sample, encode, save, load."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from libi_fast.data import Standardizer
+from libi_fast.errors import InputError
+from libi_fast.estimators import LogLikelihood, log_likelihood
+from libi_fast.models.model import LatentVariableModel, MeanField
+from libi_fast.models.networks import describe
+from libi_fast.ops.random import Stream, as_replicas, as_seed, philox_normal
+from libi_fast.training.optimise import Batches, Schedule, as_rows, optimise
+from libi_fast.training.replicas import Loss, Replicas, System, make_system
+
+VALIDATION_SAMPLES = 16
+
+
+class Run:
+    """One call of ``fit``: replicas, data, random numbers and the bar, handed to the method's phases."""
+
+    def __init__(self, replicas: Replicas, batches: Batches, validation: Tensor, seed: Tensor, options: dict[str, Any], bar: tqdm):
+        self.replicas, self.batches, self.validation, self.seed, self.bar = replicas, batches, validation, seed, bar
+        self.options = options
+        self.history: list[dict[str, Any]] = []
+        self.step = 0
+        self.ids = as_replicas(replicas.count, seed.device)
+
+    def phase(self, name: str, epochs: int, parameters: list[Tensor], loss: Loss, decay: bool = True) -> None:
+        """Minimise ``loss`` over ``parameters`` for at most ``epochs`` epochs."""
+        if epochs < 1 or not parameters:
+            return
+        o = self.options
+        schedule = Schedule(epochs, o["learning_rate"], o["tolerance"], o["patience"], decay)
+        done = 0
+
+        def tick(count: int, objective: float) -> None:
+            nonlocal done
+            done += count
+            self.bar.update(count)
+            if not math.isnan(objective):
+                self.bar.set_postfix_str(f"{name} {objective:.4g}", refresh=False)
+
+        self.step = optimise(parameters, loss, self.batches, schedule, name, self.step, self.history.append, tick)
+        self.bar.update(epochs - done)  # converged early: the bar jumps
+
+    def noise(self, rows: int, samples: int, latent_dim: int, repetition: int, dtype: torch.dtype) -> Tensor:
+        """Standard normal [R, rows, samples, L] for one step; independent between steps and replicas."""
+        draws = philox_normal(
+            self.seed, rows, samples * latent_dim, replicas=self.ids, repetition=repetition, stream=Stream.TRAINING, dtype=dtype
+        )
+        return draws.unflatten(-1, (samples, latent_dim))
+
+
+def elbo_terms(
+    replicas: Replicas, x: Tensor, noise: Tensor, beta: float | Tensor = 1.0
+) -> dict[str, Tensor]:  # fmt: skip
+    """The terms of -ELBO, each [R]: reconstruction by draws, KL in closed form. x [B, D], noise [R, B, S, L]."""
+    q = replicas.posterior(x)
+    z = q.mean[:, :, None] + q.log_std.exp()[:, :, None] * noise
+    log_prob = replicas.log_prob(x[:, None], z)
+    return {"reconstruction": -log_prob.mean((-2, -1)), "kl": beta * q.kl_from_prior().mean(-1)}
+
+
+class Method:
+    """Base of LiBI, VAE and IWAE.
+
+    Args:
+        model: a ``LatentVariableModel``, or a factory of one called once a restart.
+        inference: a ``MeanFieldGaussian``, or a factory.
+    """
+
+    name = ""
+
+    def __init__(self, model: Any, inference: Any, encoder: Any = None, **settings: Any):
+        if inference is None:
+            raise TypeError(f"{type(self).__name__} needs inference=lf.MeanFieldGaussian(network)")
+        self._sources = (model, inference, encoder)
+        self.settings = settings
+        self.history: list[dict[str, Any]] = []
+        self.standardizer: Standardizer | None = None
+        self.columns: list[str] | None = None
+        self.system = make_system(model, inference, encoder, 0, fresh=False)
+
+    @property
+    def model(self) -> LatentVariableModel:
+        return self.system.model
+
+    # --- training ---
+
+    def fit(
+        self, train: Any, validation: Any = None, *, epochs: int = 30_000, restarts: int = 1, seed: int = 0,
+        batch_size: int | None = None, learning_rate: float = 0.01, tolerance: float | None = None, patience: int = 200,
+        standardize: bool = False, columns: list[str] | None = None, warm_start: bool = False, progress: bool = True,
+    ) -> Method:  # fmt: skip
+        """Train; the modules passed to the constructor end up with the best restart's parameters.
+
+        Args:
+            train: [N, D] tensor or array, a Dataset, or a DataLoader (its batches are rows, or tuples whose first item is).
+            validation: [M, D]; selects among restarts (and LiBI's repeats). None selects on (a look at) train.
+            epochs: passes over train, in all; restarts: trained side by side, each from parameters of its own.
+            seed: 0 .. 2^64 - 1; governs initial parameters, noise and the order of minibatches.
+            batch_size: rows a minibatch; None is full batch.
+            learning_rate: Adam's; constant, then cosine decay over the second half.
+            tolerance: stop early once the objective's mean over ``patience`` epochs falls by no more than this (nats a row).
+            standardize: train on columns of mean 0 and sd 1; results stay in the data's own units.
+            warm_start: begin from the modules' present parameters (one restart only).
+            progress: show a bar.
+
+        Returns:
+            self.
+
+        Raises:
+            InputError: data, sizes or settings that do not fit; TypeError: wrong types;
+            FloatingPointError: every restart became non-finite (epoch and term named).
+        """
+        for label, value in {"epochs": epochs, "restarts": restarts, "patience": patience}.items():
+            if value < 1:
+                raise InputError(f"{label} must be at least 1, got {value}")
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise InputError(f"learning_rate must be positive and finite, got {learning_rate}")
+        if warm_start and restarts != 1:
+            raise InputError("warm_start trains the modules as they are: restarts must be 1")
+        key = as_seed(seed)
+        like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
+        raw = None if not standardize else Batches(train, batch_size, 0, like.double(), lambda x: x).rows
+        self.standardizer = None if raw is None else Standardizer.fit(raw, columns)
+        self.columns = columns
+        batches = Batches(train, batch_size, int(key) & (2**63 - 1), like, self._inward)
+        held_out = batches.rows if validation is None else self._inward(as_rows(validation, like, "validation"))
+        if held_out.shape[1] != batches.rows.shape[1]:
+            raise InputError(f"validation has {held_out.shape[1]} columns but train has {batches.rows.shape[1]}")
+        self.model.check(batches.rows)
+        self.model.likelihood.check(held_out)
+        self._check_inference(batches.rows[:2])
+        self._check_batches(batches)
+        systems = [make_system(*self._sources, int(key) % 2**31 + 1_000_003 * r, not warm_start) for r in range(restarts)]
+        replicas = Replicas(systems)
+        options = dict(learning_rate=learning_rate, tolerance=tolerance, patience=patience)
+        with tqdm(total=epochs, desc=self.label, unit="epoch", disable=not progress, leave=True) as bar:
+            run = Run(replicas, batches, held_out, key, options, bar)
+            best, scores = self._train(run, epochs)
+        if not bool(torch.isfinite(scores).any()):
+            raise FloatingPointError(f"{self.label}: no restart ended with a finite validation objective")
+        winner = int(torch.where(torch.isfinite(scores), scores, math.inf).argmin())
+        replicas.load_into(self.system, best, winner)
+        run.history.append({"phase": "selection", "objective": scores.tolist(), "restart": winner})
+        self.history = run.history
+        return self
+
+    @property
+    def label(self) -> str:
+        return type(self).__name__
+
+    def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The method's phases: the best parameters of every replica and their validation objectives [R] (lower is better)."""
+        raise NotImplementedError
+
+    def _check_batches(self, batches: Batches) -> None:
+        """Raise InputError for batches too small for the method."""
+
+    @torch.no_grad()
+    def _check_inference(self, x: Tensor) -> None:
+        try:
+            q = self.system.inference(x)
+            codes = self.system.codes(x)
+        except RuntimeError as error:
+            raise InputError(f"the inference network does not take rows of {x.shape[1]} columns: {error}") from error
+        expected = (len(x), self.model.latent_dim)
+        for label, value in {"mean": q.mean, "log_std": q.log_std, "encoder": codes}.items():
+            if value.shape != expected:
+                raise InputError(
+                    f"the inference model's {label} has shape {tuple(value.shape)} for {len(x)} rows; latent_dim = "
+                    f"{self.model.latent_dim} wants {expected}"
+                )
+
+    def _inward(self, x: Tensor) -> Tensor:
+        return x if self.standardizer is None else self.standardizer.transform(x).to(x.dtype)
+
+    # --- use ---
+
+    def _rows(self, x: Any) -> Tensor:
+        like = torch.empty(0, dtype=torch.float64, device=self.model.device)
+        rows = as_rows(x, like, "x")
+        if self.standardizer is not None:
+            expected = len(self.standardizer.mean)
+            if rows.shape[1] != expected:
+                raise InputError(f"x has {rows.shape[1]} columns, but the model was trained on {expected}")
+        return self._inward(rows).to(self.model.dtype)
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, x: Any, num_samples: int = 5000, variance_inflation: float = 2.0, seed: int | None = 0, **options: Any
+    ) -> LogLikelihood:
+        """Importance-sampled log p(x) of every row as the paper reports it (Eq 48), in the data's own units.
+
+        Args, Returns, Raises: as :func:`libi_fast.log_likelihood` with q(z|x) as the proposal.
+        """
+        rows = self._rows(x)
+        result = log_likelihood(
+            self.model, rows, self._posterior(rows), num_samples, variance_inflation, seed=seed, **options
+        )
+        shift = 0.0 if self.standardizer is None else self.standardizer.log_abs_det
+        return result._replace(log_likelihood=result.log_likelihood - shift)
+
+    def _posterior(self, rows: Tensor) -> MeanField:
+        try:
+            return self.system.inference(rows)
+        except RuntimeError as error:
+            raise InputError(f"the inference network does not take rows of {rows.shape[1]} columns: {error}") from error
+
+    @torch.no_grad()
+    def posterior(self, x: Any) -> MeanField:
+        """q(z|x) of every row: mean and log_std, [N, L]."""
+        return self._posterior(self._rows(x))
+
+    def codes(self, x: Any) -> Tensor:
+        """The posterior means, [N, L]."""
+        return self.posterior(x).mean
+
+    def sample(self, n: int, seed: int | None = None) -> Tensor:
+        """n draws from p(x), [n, D], in the data's own units."""
+        draws = self.model.sample(n, seed)
+        return draws if self.standardizer is None else self.standardizer.inverse(draws.double()).to(draws.dtype)
+
+    # --- keeping ---
+
+    def config(self) -> dict[str, Any]:
+        """A JSON-able account of the method: everything but the weights."""
+        network = self.system.inference.network
+        return {
+            "method": self.name,
+            "settings": self.settings,
+            "model": self.model.config(),
+            "inference": describe(network) or {"custom": type(network).__name__},
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "columns": self.columns,
+            "standardizer": None if self.standardizer is None else self.standardizer.to_config(),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of generative and inference model, by name."""
+        return {k: v.detach().contiguous() for k, v in self._kept().state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Raises InputError where names or shapes do not fit."""
+        try:
+            self._kept().load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(f"weights do not fit the model: {' '.join(str(error).split())}") from error
+
+    def _kept(self) -> System:
+        return System(self.system.model, self.system.inference)
+
+    def save(self, folder: Any, force: bool = False) -> None:
+        """Write a run folder (config.json, weights.safetensors, metrics.jsonl); ``lf.load(folder)`` reads it back.
+
+        Raises:
+            InputError: the folder exists and ``force`` is not set.
+        """
+        from libi_fast import runs
+
+        runs.save(self, folder, force=force)

@@ -1,0 +1,145 @@
+"""Many copies of one system of modules as one batch: parameters stacked in front, every call mapped over them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from libi_fast.errors import InputError
+from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian
+from libi_fast.models.networks import fresh_copy
+
+
+class System(nn.Module):
+    """Generative model, inference model and, where it is a network of its own, step 1's encoder."""
+
+    def __init__(self, model: LatentVariableModel, inference: MeanFieldGaussian, encoder: nn.Module | None = None):
+        super().__init__()
+        self.model, self.inference, self.encoder = model, inference, encoder
+
+    def forward(self, what: str, *args: Tensor) -> Any:
+        return getattr(self, what)(*args)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """z = h(x), [N, L]: the encoder, or the mean of q where it has none."""
+        return self.inference(x).mean if self.encoder is None else self.encoder(x)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(self.inference(x))  # type: ignore[return-value]
+
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.model.log_prob(x, z)
+
+
+@contextlib.contextmanager
+def torch_seed(seed: int):
+    """torch's default generator under ``seed`` within the block, restored afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def make_system(model: Any, inference: Any, encoder: Any, seed: int, fresh: bool) -> System:
+    """One restart: modules are copied (and, if ``fresh``, drawn anew under ``seed``), factories are called."""
+
+    def make(source: Any, kind: type) -> Any:
+        if source is None:
+            return None
+        if isinstance(source, nn.Module):
+            return fresh_copy(source) if fresh else source
+        if not callable(source):
+            raise TypeError(f"expected a {kind.__name__} or a factory of one, got {type(source).__name__}")
+        made = source()
+        if not isinstance(made, kind):
+            raise TypeError(f"the factory must return a {kind.__name__}, got {type(made).__name__}")
+        return made
+
+    with torch_seed(seed):
+        return System(make(model, LatentVariableModel), make(inference, MeanFieldGaussian), make(encoder, nn.Module))
+
+
+class Replicas:
+    """R systems of one architecture. ``parameters`` maps names to leaf tensors [R, ...]."""
+
+    def __init__(self, systems: list[System]):
+        self.template = systems[0]
+        self.count = len(systems)
+        self.parameters: dict[str, Tensor] = {}
+        named = [dict(s.named_parameters()) for s in systems]
+        for name, value in named[0].items():
+            if any(name not in n or n[name].shape != value.shape for n in named):
+                raise InputError(f"all restarts must have one architecture, but parameter {name!r} differs between them")
+            stacked = torch.stack([n[name].detach() for n in named]).clone()
+            self.parameters[name] = stacked.requires_grad_(value.requires_grad)
+        self._mapped = True
+
+    def __call__(self, what: str, *args: Tensor, shared: tuple[bool, ...] | None = None) -> Any:
+        """``System.what`` for all replicas; args carry a replica dimension unless ``shared`` says otherwise (default: all do)."""
+        in_dims = tuple(None if s else 0 for s in shared or (False,) * len(args))
+        return self.with_parameters(self.parameters, what, args, in_dims)
+
+    def with_parameters(self, parameters: dict[str, Tensor], what: str, args: Iterable[Tensor], in_dims: tuple) -> Any:
+        def one(own: dict[str, Tensor], *arguments: Tensor) -> Any:
+            return functional_call(self.template, own, (what, *arguments))
+
+        if self.count == 1:  # one system is called as it is: no mapping to pay for, and any module works
+            own = {k: v[0] for k, v in parameters.items()}
+            result = one(own, *(a if d is None else a[0] for a, d in zip(args, in_dims, strict=True)))
+            return tuple(r[None] for r in result) if isinstance(result, tuple) else result[None]
+        if self._mapped:
+            try:
+                return torch.vmap(one, in_dims=(0, *in_dims), randomness="different")(parameters, *args)
+            except (RuntimeError, NotImplementedError) as error:
+                # Some modules cannot be mapped (data-dependent control flow, in-place buffers): those run one by one.
+                # If the module itself is at fault, the loop below raises its error.
+                import warnings
+
+                self._mapped = False
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"restarts run one after another: torch.vmap cannot map this module ({reason})", stacklevel=2)
+        results = [
+            one({k: v[r] for k, v in parameters.items()}, *(a if d is None else a[r] for a, d in zip(args, in_dims, strict=True)))
+            for r in range(self.count)
+        ]
+        if isinstance(results[0], tuple):
+            return tuple(torch.stack(part) for part in zip(*results, strict=True))
+        return torch.stack(results)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [R, N, L]."""
+        return self("codes", x, shared=(True,))
+
+    def posterior(self, x: Tensor) -> MeanField:
+        """x [N, D] -> mean and log_std [R, N, L]."""
+        return MeanField(*self("posterior", x, shared=(True,)))
+
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        """x [N, D] (or [N, 1, D]), z [R, N, L] (or [R, N, S, L]) -> [R, N] (or [R, N, S])."""
+        return self("log_prob", x, z, shared=(True, False))
+
+    def group(self, *prefixes: str) -> list[Tensor]:
+        """The trainable tensors whose names start with one of the prefixes."""
+        return [v for k, v in self.parameters.items() if v.requires_grad and k.startswith(prefixes)]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {k: v.detach().clone() for k, v in self.parameters.items()}
+
+    def load_into(self, system: System, values: dict[str, Tensor], replica: int) -> None:
+        """Copy one replica's values into a system's own parameters."""
+        with torch.no_grad():
+            for name, parameter in system.named_parameters():
+                parameter.copy_(values[name][replica])
+
+
+def chosen(better: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For each replica the new values where ``better`` [R], else the old."""
+    return {k: torch.where(better.view(-1, *(1,) * (v.dim() - 1)), v, old[k]) for k, v in new.items()}
+
+
+Loss = Callable[[Tensor, int], dict[str, Tensor]]
+"""(batch [B, D], step) -> named terms of the objective, each [R]"""
