@@ -47,7 +47,7 @@ def _candidates() -> list[Path]:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     path = next((p for p in _candidates() if p.is_file()), None)
     if path is None:
-        return None, "the compiled library was not built: no working C++ compiler when libi_fast was installed"
+        return None, "it was not built with libi_fast: no working C++ compiler, or an error that `pip install -v` shows"
     try:
         library = ctypes.CDLL(str(path))
         found = int(library.libi_abi_version())

@@ -129,7 +129,8 @@ LIBI_INLINE void cos_sin_quarter(float t, float& cosine, float& sine) {
     const float y = (upper ? 1.0f - t : t) * 1.57079632679489662f;
     const float z = y * y;
     const float s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * y + y;
-    const float c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * (z * z) - 0.5f * z + 1.0f;
+    const float p = (2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f;
+    const float c = p * (z * z) - 0.5f * z + 1.0f;
     cosine = upper ? s : c;
     sine = upper ? c : s;
 }

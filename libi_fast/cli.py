@@ -7,6 +7,7 @@ is a bug and keeps its traceback. Outputs are checked before the work and appear
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (head, less) has left; Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (InputError, OSError) as error:
+    except (InputError, OSError, FloatingPointError) as error:  # the last: training that diverged
         print(f"libi-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -51,14 +52,11 @@ def _fit(options: argparse.Namespace) -> None:
     runs.check_target(options.out, force=options.force)
     bernoulli = options.likelihood == "bernoulli"
     _check_options_fit_together(options)
-    dataset = data.load(
-        options.data,
-        options.data_seed,
-        dtype=getattr(torch, options.dtype),
-        key=options.key,
-        bounds=(0.0, 1.0) if bernoulli else None,
-    )
+    bounds = (0.0, 1.0) if bernoulli else None
+    # float64: columns are centred before they are rounded to the model's dtype.
+    dataset = data.load(options.data, options.data_seed, dtype=torch.float64, key=options.key, bounds=bounds)
     method = _new_method(options, data_dim=len(dataset.columns))
+    training = {name: getattr(options, name) for name in FIT_OPTIONS}
     method.fit(
         dataset.train,
         dataset.validation,
@@ -66,17 +64,16 @@ def _fit(options: argparse.Namespace) -> None:
         standardize=not (bernoulli or options.no_standardize),
         columns=dataset.columns,
         progress=not options.quiet,
-        **{name: getattr(options, name) for name in FIT_OPTIONS if getattr(options, name) is not None},
+        **training,
     )
     result = _log_likelihood(method, dataset.test, options)
     notes = {
         "name": dataset.name,
-        "columns": dataset.columns,
         "rows": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
         "seed": options.data_seed,
         "test": _summary(result),
     }
-    runs.save(method, options.out, force=options.force, data=notes)
+    runs.save(method, options.out, force=options.force, data=notes, training={**training, "seed": options.seed})
     if not options.quiet:
         title = f"{type(method).__name__} on {dataset.name}: {len(dataset.test)} held-out rows"
         _print_likelihood(title, result, options, caption=f"run folder: {options.out}")
@@ -156,7 +153,6 @@ def _new_method(options: argparse.Namespace, data_dim: int) -> Any:
 
     dtype = getattr(torch, options.dtype)
     hidden = [width for widths in options.hidden or [[50]] for width in widths]
-    torch.manual_seed(options.seed)  # the first weights of the networks
     decoder = lf.mlp(options.latent_dim, hidden, data_dim, options.activation)
     network = lf.mlp(data_dim, hidden, 2 * options.latent_dim, options.activation)
     likelihood: lf.Likelihood
@@ -179,24 +175,27 @@ def _load_run(folder: str) -> tuple[Any, list[str]]:
     from libi_fast import data, runs
 
     method = runs.load(folder)
-    columns = method.columns
-    return method, list(columns) if columns is not None else data.default_columns(method.data_dim)
+    if method.columns is not None:
+        return method, list(method.columns)
+    return method, data.default_columns(method.sample(1, seed=0).shape[1])
 
 
 def _read_rows(options: argparse.Namespace, columns: Sequence[str], method: Any) -> Any:
     """All rows of a file, or the test rows of a named set, as [N, D] in the run's columns and dtype."""
+    import torch
+
     from libi_fast import data
 
     name = data.find_name(options.data)
     try:
         if name is not None:
-            x = data.load(name, options.data_seed, dtype=method.model.dtype)
+            x = data.load(name, options.data_seed, dtype=torch.float64)
             table = data.Table(x.test.numpy(), x.columns, named=True)
         else:
             table = data.load_table(options.data, key=options.key, min_rows=1)
             if method.model.likelihood.name == "bernoulli":
                 table.check_bounds(0.0, 1.0)
-        return table.select(columns).to_tensor(method.model.dtype)
+        return torch.from_numpy(table.select(columns).values)  # float64, as in fit
     except InputError as error:
         known = str(error).startswith(str(options.data))
         raise InputError(str(error) if known else f"{options.data}: {error}") from error
@@ -208,7 +207,7 @@ def _log_likelihood(method: Any, x: Any, options: argparse.Namespace) -> Any:
     )
 
 
-def _summary(result: Any) -> dict[str, float | None]:
+def _summary(result: Any) -> dict[str, Any]:
     """The means that describe an estimate of N rows. Of one row there is no standard error over rows: None."""
     values = result.log_likelihood.double()
     n = len(values)
@@ -257,6 +256,16 @@ def _whole(least: int) -> Any:
     return convert
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+_positive.__name__ = "number"
+
+
 def _widths(text: str) -> list[int]:
     """``50,50`` as [50, 50]; an empty text as [], a linear map."""
     return [_whole(1)(part) for part in text.split(",") if part.strip()]
@@ -269,7 +278,7 @@ def _add_estimate(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("the estimate of the log-likelihood")
     group.add_argument("--num-samples", type=_whole(2), default=5000, metavar="S", help="samples a row (default 5000)")
     group.add_argument(
-        "--variance-inflation", type=float, default=2.0, metavar="V", help="of q as the proposal (default 2)"
+        "--variance-inflation", type=_positive, default=2.0, metavar="V", help="of q as the proposal (default 2)"
     )
 
 
@@ -310,11 +319,16 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     model.add_argument("--no-standardize", action="store_true", help="leave the columns' means and scales as they are")
     training = fit.add_argument_group("training")
-    training.add_argument("--epochs", type=_whole(1))
-    training.add_argument("--restarts", type=_whole(1), help="trained side by side, the best on validation rows kept")
+    training.add_argument("--epochs", type=_whole(1), default=3000, help="passes over the rows in all (default 3000)")
+    training.add_argument(
+        "--restarts",
+        type=_whole(1),
+        default=1,
+        help="trained side by side, the best on validation rows kept (default 1)",
+    )
     training.add_argument("--batch-size", type=_whole(1), help="rows a step (default: all)")
-    training.add_argument("--learning-rate", type=float)
-    training.add_argument("--tolerance", type=float, help="stop when the objective no longer moves by more than this")
+    training.add_argument("--learning-rate", type=float, default=0.01, help="Adam's (default 0.01)")
+    training.add_argument("--tolerance", type=float, help="stop early once the objective falls by no more than this")
     training.add_argument("--seed", type=_whole(0), default=0, help="of the weights and the training (default 0)")
     training.add_argument("--hz-weight", type=float, help="libi: weight of the Henze-Zirkler penalty")
     training.add_argument("--repeats", type=_whole(1), help="libi: repetitions of steps 1 to 3")

@@ -21,10 +21,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), box=box.SIMPLE, caption=None if caption is None else Text(caption))
-    table.title_justify = table.caption_justify = "left"
+    table = Table(box=box.SIMPLE)
     for i, name in enumerate(header):
         table.add_column(Text(name), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a column called "[red]" is not markup
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(table)
+    if caption is not None:
+        console.print(Text(caption), soft_wrap=True)

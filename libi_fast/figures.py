@@ -74,19 +74,42 @@ def data_and_codes(data: Tensor, codes: Tensor, covariance: Tensor, panels: Sequ
     return figure
 
 
-def training_curves(history: Sequence[Mapping[str, Any]], x: str, names: Sequence[str]) -> Figure:
-    """Every ``names[i]`` of the records against their ``x``, one panel each. Records without a value are left out."""
-    if not history:
-        raise InputError("history: no records to draw")
-    figure = _figure(width=8.0, height=2.2 * len(names) + 0.6)
-    axes = figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0]
-    for axis, name, colour in zip(axes, names, CURVE_COLOURS * len(names), strict=False):
-        points = [(r[x], r[name]) for r in history if r.get(name) is not None and r.get(x) is not None]
-        axis.plot([p[0] for p in points], [p[1] for p in points], color=colour, linewidth=1.5)
-        axis.set_ylabel(name.replace("_", " "))
+def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """The objective (the sum of its terms, nats a row) over epochs: a panel a phase, the chosen restart in colour.
+
+    Args:
+        history: ``Method.history``: records of a phase, an epoch and terms [restarts]; one names the restart.
+    """
+    chosen = next((r["restart"] for r in reversed(history) if r.get("restart") is not None), 0)
+    phases: dict[str, list[list[tuple[int, list[float]]]]] = {}  # name, repeats, records: epoch and objectives
+    for record in history:
+        if record.get("epoch") is None:
+            continue
+        runs = phases.setdefault(record["phase"], [])
+        if not runs or record["epoch"] <= runs[-1][-1][0]:
+            runs.append([])  # the epochs start again: a new repeat
+        runs[-1].append((record["epoch"], _objectives(record)))
+    figure = _figure(width=8.0, height=2.4 * max(1, len(phases)) + 0.4)
+    axes = figure.subplots(max(1, len(phases)), 1, squeeze=False)[:, 0]
+    for axis, (name, runs) in zip(axes, phases.items(), strict=False):
+        settled = [v for run in runs for _, values in run[len(run) // 5 :] for v in values if math.isfinite(v)]
+        for i, run in enumerate(runs):
+            epochs = [epoch for epoch, _ in run]
+            for restart in sorted(range(len(run[0][1])), key=lambda r: r == chosen):  # the chosen one on top
+                colour = CURVE_COLOURS[i % len(CURVE_COLOURS)] if restart == chosen else "0.75"
+                axis.plot(epochs, [values[restart] for _, values in run], color=colour, linewidth=1.2)
+        if settled:  # the first epochs' heights would flatten the rest
+            margin = 0.05 * (max(settled) - min(settled)) or 1.0
+            axis.set_ylim(min(settled) - margin, max(settled) + margin)
+        axis.set(title=name, xlabel="epoch", ylabel="objective (nats)")
         axis.grid(alpha=0.3)
-    axes[-1].set_xlabel(x)
     return figure
+
+
+def _objectives(record: Mapping[str, Any]) -> list[float]:
+    """The sum of a record's terms for every restart; null, which stands for what is not finite, as NaN."""
+    terms = [value for name, value in record.items() if name not in ("phase", "epoch") and isinstance(value, list)]
+    return [sum(math.nan if v is None else v for v in values) for values in zip(*terms, strict=True)]
 
 
 def save(figure: Figure, path: Path) -> None:

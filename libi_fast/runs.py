@@ -3,13 +3,14 @@
     config.json          what was fitted, with which settings, on which columns, and by which version
     weights.safetensors  every parameter
     metrics.jsonl        the training history, one JSON record a line
-    figures/             pictures, where there are any
+    figures/             training.png, where matplotlib is installed
 
 A folder appears whole or not at all: it is written beside its place and then renamed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -23,9 +24,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from libi_fast import figures
 from libi_fast.errors import InputError
 
 FORMAT = "libi_fast run"
@@ -40,7 +43,7 @@ def save(
     force: bool = False,
     *,
     data: Mapping[str, Any] | None = None,
-    figures: Mapping[str, Callable[[Path], None]] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a fitted method to a run folder.
 
@@ -49,8 +52,8 @@ def save(
         folder: where to; missing parents are made.
         force: replace a run folder that is there. Files in it that are not ours are kept; a folder that is not a
             run folder is never touched.
-        data: notes on the data (name, rows, seed of the split), kept in config.json as they are.
-        figures: file names in figures/, each with a function that draws to the path it is given.
+        data, training: notes on the data (name, rows, seed of the split) and on the call of ``fit``, kept in
+            config.json as they are.
 
     Returns:
         The folder.
@@ -65,18 +68,19 @@ def save(
             "libi_fast": _package_version(),
             "torch": torch.__version__,
             "data": dict(data or {}),
+            "training": dict(training or {}),
             "method": method.config(),
         }
         (temporary / CONFIG).write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")
         # safetensors refuses shared memory and strides; clones of contiguous tensors have neither.
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in method.state().items()}
-        save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})
+        (temporary / WEIGHTS).write_bytes(to_bytes(state, metadata={"format": FORMAT}))
         with open(temporary / METRICS, "w", encoding="utf-8") as file:
             for record in method.history:
                 file.write(json.dumps(_finite_or_none(record), default=_plain, allow_nan=False) + "\n")
         (temporary / FIGURES).mkdir()
-        for name, draw in (figures or {}).items():
-            draw(temporary / FIGURES / name)
+        if method.history and importlib.util.find_spec("matplotlib") is not None:
+            figures.save(figures.training_curves(method.history), temporary / FIGURES / "training.png")
     return Path(folder)
 
 

@@ -96,7 +96,7 @@ template <class T>
 int forward(const T* x, int64_t rows, int64_t samples, int num_threads, T* out) {
     if (rows < 0 || samples < 1) return kBadSize;
     const int64_t segments = (samples + kSegment - 1) / kSegment;
-    const bool shared = rows > 0 && samples > kWorthThreads / rows;
+    [[maybe_unused]] const bool shared = rows > 0 && samples > kWorthThreads / rows;
     if (segments == 1) {
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (shared)
         for (int64_t r = 0; r < rows; ++r)
@@ -135,7 +135,7 @@ int backward(const T* grad, const T* x, const T* out, int64_t rows, int64_t samp
     if (rows < 0 || samples < 0) return kBadSize;
     if (rows == 0 || samples == 0) return kOk;
     const int64_t segments = (samples + kSegment - 1) / kSegment;
-    const bool shared = samples > kWorthThreads / rows;
+    [[maybe_unused]] const bool shared = samples > kWorthThreads / rows;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (shared)
     for (int64_t i = 0; i < rows * segments; ++i) {
         const int64_t r = i / segments;

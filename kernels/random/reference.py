@@ -65,8 +65,11 @@ def to_normal(word: Tensor, dtype: torch.dtype) -> Tensor:
     radius_word, angle_word = word[..., 0::2], word[..., 1::2]
     uniform = radius_word.to(dtype) * 2.0**-32 + 2.0**-33
     radius = (-2 * uniform.log()).sqrt()
-    angle = (angle_word & 0x3FFFFFFF).to(dtype) * 2.0**-30 * (math.pi / 2)
-    cosine, sine = angle.cos(), angle.sin()
+    turn = (angle_word & 0x3FFFFFFF).to(dtype) * 2.0**-30  # of a quarter
+    # Measured from the nearer end of the quarter: close to pi/2 the rounded angle has lost what 1 - turn keeps.
+    far = turn > 0.5
+    angle = torch.where(far, 1 - turn, turn) * (math.pi / 2)
+    cosine, sine = torch.where(far, angle.sin(), angle.cos()), torch.where(far, angle.cos(), angle.sin())
     odd = (angle_word & 0x40000000) != 0
     cosine, sine = torch.where(odd, -sine, cosine), torch.where(odd, cosine, sine)
     sign = 1 - 2 * (angle_word >> 31).to(dtype)
@@ -81,4 +84,4 @@ def draws(
     first_block, last_block = first_draw // 4, (first_draw + count + 3) // 4
     word = words(seed, replicas, first_row, rows, first_block, last_block - first_block, repetition, stream)
     start = first_draw - 4 * first_block
-    return convert(word, dtype).flatten(-2)[..., start : start + count]
+    return convert(word, dtype).flatten(-2)[..., start : start + count].contiguous()

@@ -78,6 +78,8 @@ class LinearGaussianDataset(Dataset):
         noise_variance: [D], in the data's dtype.
     """
 
+    truth: GaussianTruth
+
     def __init__(
         self, name: str, truth: GaussianTruth, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype
     ) -> None:

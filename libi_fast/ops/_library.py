@@ -2,7 +2,7 @@
 
 An operator here is a raw ``torch.ops.libi_fast`` op (schema, fake tensor, vmap rule) inside a ``torch.autograd.Function``.
 That pair costs a few microseconds over the Function alone, where ``custom_op`` costs about twice as much, and it works under
-``torch.func`` and ``torch.compile(fullgraph=True)``.
+``torch.func`` and ``torch.compile(fullgraph=True)``. Forward-mode derivatives raise NotImplementedError (torch's own message).
 """
 
 from __future__ import annotations
@@ -44,6 +44,32 @@ def define(
     op = getattr(torch.ops.libi_fast, name).default
     torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap or _looped(op), lib=LIBRARY)
     return op
+
+
+class _Once(torch.autograd.Function):
+    """Identity on a gradient whose own gradient raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, name: str, *inputs: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{ctx.name} has no second derivative")
+
+
+def once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    """Mark a gradient as not differentiable again. ``once_differentiable`` alone gives silent zeros where the inputs but not
+    the incoming gradient require one (a Hessian, a gradient penalty). Free in a plain backward pass."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradient
+    return _Once.apply(gradient, name, *inputs)
 
 
 def _choose(name: str, implementations: dict[str, Any], backend: str, arguments: Sequence[Any]) -> str:
@@ -100,10 +126,6 @@ def use_backend(backend: str) -> Iterator[None]:
         _requested = before
 
 
-def no_forward_mode(name: str) -> NotImplementedError:
-    return NotImplementedError(f"{name} has no forward-mode derivative; use reverse mode (backward, torch.func.grad)")
-
-
 # --- checks of arguments, before any kernel ---
 
 
@@ -130,9 +152,14 @@ def check_index(name: str, value: int, limit: int) -> None:
         raise InputError(f"{name} must lie in 0 .. {limit - 1}, got {value}")
 
 
+def values_known(value: Tensor) -> bool:
+    """Whether a check may look at the values: not while a compiler traces, nor inside a torch.func transform."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_get_level(value) < 0
+
+
 def check_finite(name: str, value: Tensor) -> None:
-    """Name the first row that holds NaN or infinity. Skipped while a compiler traces: values are unknown there."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_get_level(value) >= 0:
+    """Name the first row that holds NaN or infinity. Skipped where values are unknown."""
+    if not values_known(value):
         return
     finite = torch.isfinite(value)
     if not bool(finite.all()):

@@ -54,13 +54,10 @@ class _HenzeZirkler(torch.autograd.Function):
         ctx.beta, ctx.backend = inputs[1:]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        return _backward(grad, *ctx.saved_tensors, ctx.beta, ctx.backend), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise lib.no_forward_mode("henze_zirkler")
+        with torch.no_grad():
+            gradient = _backward(grad, *ctx.saved_tensors, ctx.beta, ctx.backend)
+        return lib.once("henze_zirkler", gradient, grad, *ctx.saved_tensors), None, None
 
 
 class HenzeZirkler(NamedTuple):

@@ -116,27 +116,29 @@ def _fake_backward(grad, log_likelihood, x, mean, log_scale, parameters, varianc
 
 
 def _fold(info: Any, in_dims: Any, arguments: Sequence[Any]) -> tuple[list[Any], int]:
-    """Fold the vmapped dimension into the replicas; every vmapped element keeps the loop's draws, hence repeated ids.
-
-    ``leads`` tensors come first; ``shared`` are the arguments (x, parameters, variance) whose replica dimension may be 1.
-    """
-    size = info.batch_size
-    replicas = arguments[-10]
+    """Fold the vmapped dimension into the replicas. Every vmapped element keeps the loop's draws, hence repeated replica ids;
+    tensors that all replicas share (a dimension of 1) are expanded, since elements may differ in them."""
+    size, settings = info.batch_size, len(Settings._fields)
+    *tensors, seed, replicas = arguments[:-settings]
     count = replicas.shape[0]
+    if in_dims[len(tensors)] is not None:
+        raise NotImplementedError("vmap over seed: loop over seeds, or use replicas")
 
     def fold(value: Any, dim: Any) -> Any:
         if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
-            dims = dim if isinstance(dim, list | tuple) else [None] * len(value)
-            return [fold(v, d) for v, d in zip(value, dims, strict=True)]
+            return [fold(v, d) for v, d in zip(value, _dims(dim, value), strict=True)]
         if not isinstance(value, Tensor):
             return value
         moved = lib.leading(value, dim, size)
         return moved.expand(size, count, *moved.shape[2:]).flatten(0, 1)
 
-    folded = [fold(v, d) for v, d in zip(arguments[:-11], in_dims, strict=False)]
-    if in_dims[len(arguments) - 11] is not None:
-        raise NotImplementedError("vmap over seed: loop over seeds, or use replicas")
-    return [*folded, arguments[-11], replicas.repeat(size), *arguments[-9:]], count
+    folded = [fold(v, d) for v, d in zip(tensors, in_dims, strict=False)]
+    return [*folded, seed, replicas.repeat(size), *arguments[-settings:]], count
+
+
+def _dims(dims: Any, values: Sequence[Tensor]) -> Sequence[int | None]:
+    """vmap gives one None for a list in which nothing is mapped."""
+    return dims if isinstance(dims, list | tuple) else [None] * len(values)
 
 
 def _vmap_forward(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -148,7 +150,7 @@ def _vmap_forward(info: Any, in_dims: Any, *arguments: Any) -> Any:
 def _vmap_backward(info: Any, in_dims: Any, *arguments: Any) -> Any:
     folded, count = _fold(info, in_dims, arguments)
     x, parameters, variance = arguments[2], arguments[5], arguments[6]
-    dims = in_dims[5] if isinstance(in_dims[5], list | tuple) else [None] * len(parameters)
+    dims = _dims(in_dims[5], parameters)
     to_x, to_mean, to_scale, to_parameters, to_variance = _backward(*folded)
 
     def unfold(grad: Tensor, like: Tensor, dim: int | None) -> Tensor:
@@ -209,10 +211,6 @@ class _Fused(torch.autograd.Function):
             list(layers.has_bias), layers.likelihood, seed, replicas, *ctx.settings,
         )  # fmt: skip
         return to_x, to_mean, to_scale, to_variance, None, None, None, None, *to_parameters
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise lib.no_forward_mode("log_likelihood")
 
 
 # --- any other decoder: streamed ---
@@ -290,10 +288,6 @@ class _Streamed(torch.autograd.Function):
             for i, g in zip(wanted, from_parameters, strict=True):
                 to_parameters[i] += g
         return to_x, to_mean, to_scale, None, None, None, *(to_parameters.get(i) for i in range(len(parameters)))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise lib.no_forward_mode("log_likelihood")
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

@@ -64,13 +64,10 @@ class _LogMeanExp(torch.autograd.Function):
         ctx.backend = inputs[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        return _backward(grad, *ctx.saved_tensors, ctx.backend), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise lib.no_forward_mode("log_mean_exp")
+        with torch.no_grad():
+            gradient = _backward(grad, *ctx.saved_tensors, ctx.backend)
+        return lib.once("log_mean_exp", gradient, grad, ctx.saved_tensors[0]), None
 
 
 def log_mean_exp(log_weights: Tensor, *, backend: str | None = None) -> Tensor:

@@ -76,6 +76,8 @@ def as_replicas(replicas: Tensor | int | None, device: torch.device | str | None
     if isinstance(replicas, Tensor):
         if replicas.dtype != torch.int64 or replicas.dim() != 1:
             raise InputError(f"replicas must be int64 [R], got {replicas.dtype} of shape {tuple(replicas.shape)}")
+        if lib.values_known(replicas) and bool(((replicas < 0) | (replicas >= REPLICA_LIMIT)).any()):
+            raise InputError(f"replicas must lie in 0 .. {REPLICA_LIMIT - 1}, got {replicas.tolist()[:8]}")
         return replicas
     count = 1 if replicas is None else replicas
     lib.check_index("replicas", count, REPLICA_LIMIT + 1)

@@ -37,6 +37,9 @@ class LiBI(Method):
         repeats: R.
         whiten: start with an encoder whose codes have mean 0 and covariance I (its last layer is rescaled).
         warm_up: epochs of the first step 1 in which the decoder alone learns, on frozen codes.
+        candidates: short runs each restart begins with; the one whose held-out objective is best after ``warm_up`` epochs of
+            step 1 goes on. They come in pairs whose codes mirror each other: codes of covariance I fall into two classes, of
+            either orientation, that no path of full-rank codes joins, and a decoder may be able to serve only one.
         initial_std: q's standard deviation as step 2 begins (the paper leaves it open); None takes each restart's best of a
             geometric grid, because 0.05 is far too wide where the noise variance is 1e-6.
 
@@ -48,25 +51,34 @@ class LiBI(Method):
 
     def __init__(
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
-        mean_tolerance: float = 0.2, repeats: int = 1, whiten: bool = True, warm_up: int = 300,
-        initial_std: float | None = None,
+        mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
+        candidates: int = 4, initial_std: float | None = None,
     ):  # fmt: skip
         for label, value in dict(
             hz_weight=hz_weight, covariance_tolerance=covariance_tolerance, mean_tolerance=mean_tolerance
         ).items():
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{label} must be positive and finite, got {value}")
-        if repeats < 1 or warm_up < 0:
-            raise InputError(f"repeats must be at least 1 and warm_up at least 0, got {repeats} and {warm_up}")
+        for label, value, least in (("repeats", repeats, 1), ("warm_up", warm_up, 0), ("candidates", candidates, 1)):
+            if value < least:
+                raise InputError(f"{label} must be at least {least}, got {value}")
         super().__init__(
             model, inference, encoder, hz_weight=hz_weight, covariance_tolerance=covariance_tolerance,
-            mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up, initial_std=initial_std,
+            mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up,
+            candidates=candidates, initial_std=initial_std,
         )  # fmt: skip
 
     def _check_batches(self, batches: Batches) -> None:
         # Below twice the codes' size the whitened points are all but determined by the whitening.
         least = 2 * self.model.latent_dim + 2
         batches.require(least, f"LiBI's statistics of {self.model.latent_dim}-dimensional codes")
+
+    def _systems(self, restarts: int, seed: int, fresh: bool) -> list[System]:
+        if not fresh or not self.settings["warm_up"]:
+            return super()._systems(restarts, seed, fresh)
+        count = self.settings["candidates"]  # one seed a mirrored pair
+        pairs = super()._systems(restarts * -(-count // 2), seed, fresh)
+        return [pairs[r * -(-count // 2) + c // 2] for r in range(restarts) for c in range(count)]
 
     # --- step 1 ---
 
@@ -87,24 +99,34 @@ class LiBI(Method):
 
     def _step1(self, run: Run, epochs: int, first: bool) -> Tensor:
         replicas, s = run.replicas, self.settings
-        model_parameters = replicas.group("model.")
         prefix = "inference." if replicas.template.encoder is None else "encoder."
-        encoder = replicas.group(prefix)
+        def step1(name: str, epochs: int, decay: bool) -> Tensor:
+            return run.phase(
+                name, epochs, [*replicas.group("model."), *replicas.group(prefix)],
+                lambda x, step: self.step1_terms(replicas, x), lambda: self.step1_terms(replicas, run.validation), decay,
+            )  # fmt: skip
+
         if first:
             if s["whiten"]:
                 whiten_codes(replicas, prefix, run.batches.rows)
-            warm_up = min(s["warm_up"], epochs // 4)
+            warm_up = min(s["warm_up"], epochs // 6)
+            per_restart = replicas.count // run.restarts
+            if per_restart > 1:
+                mirror_codes(replicas, prefix, per_restart)
 
             def on_frozen_codes(x: Tensor, step: int) -> dict[str, Tensor]:
                 with torch.no_grad():
                     z = replicas.codes(x)
                 return {"reconstruction": -replicas.log_prob(x, z).mean(-1)}
 
-            run.phase("warm-up", warm_up, model_parameters, on_frozen_codes, decay=False)
+            run.phase("warm-up", warm_up, replicas.group("model."), on_frozen_codes, decay=False)
             epochs -= warm_up
-        run.phase("step 1", epochs, [*model_parameters, *encoder], lambda x, step: self.step1_terms(replicas, x))
-        with torch.no_grad():
-            return torch.stack(list(self.step1_terms(replicas, run.validation).values())).sum(0)
+            if per_restart > 1:
+                scores = step1("candidates", warm_up, False).view(run.restarts, per_restart)
+                scores = torch.where(torch.isfinite(scores), scores, math.inf)
+                run.keep(scores.argmin(1) + per_restart * torch.arange(run.restarts))
+                epochs -= warm_up
+        return step1("step 1", epochs, True)
 
     # --- step 2 ---
 
@@ -121,6 +143,7 @@ class LiBI(Method):
             run.phase(
                 "step 2", epochs, replicas.group("inference."),
                 lambda x, step: elbo_terms(replicas, x, run.noise(len(x), 1, latent_dim, step, dtype)),
+                lambda: elbo_terms(replicas, run.validation, run.validation_noise(latent_dim, dtype)),
             )  # fmt: skip
         finally:
             for p in theta:
@@ -131,7 +154,7 @@ class LiBI(Method):
         if epochs < 3 * repeats:
             raise InputError(f"{repeats} repeats of two steps need at least {3 * repeats} epochs, got {epochs}")
         best: dict[str, Tensor] = {}
-        scores = torch.full((replicas.count,), math.inf)
+        scores = torch.empty(0)
         for repeat in range(repeats):
             share = epochs * (repeat + 1) // repeats - epochs * repeat // repeats
             step1 = round(share * STEP1_SHARE)
@@ -140,11 +163,11 @@ class LiBI(Method):
             self._step2(run, share - step1, first)
             run.history.append({"phase": "repeat", "repeat": repeat, "objective": objective.tolist()})
             if first:
+                replicas.drop_encoder()  # step 3: h is the mean of q from here on
                 best, scores = replicas.snapshot(), objective
             else:
                 better = objective < scores
                 best, scores = chosen(better, replicas.snapshot(), best), torch.where(better, objective, scores)
-            replicas.template.encoder = None  # step 3: h is the mean of q from here on
         return best, scores
 
 
@@ -182,8 +205,17 @@ def whiten_codes(replicas: Replicas, prefix: str, x: Tensor) -> None:
         bias[:, :latent_dim] = (inverse @ (bias[:, :latent_dim] - centre)[..., None])[..., 0]
     off_mean, off_covariance = moment_errors(replicas.codes(x))
     worked = (off_covariance < 0.01) & ((off_mean < 0.01) if bias is not None else torch.isfinite(off_mean))
-    for name, value in chosen(worked, replicas.parameters, before).items():
-        replicas.parameters[name].copy_(value)
+    replicas.restore(chosen(worked, replicas.snapshot(), before))
+
+
+@torch.no_grad()
+def mirror_codes(replicas: Replicas, prefix: str, group: int) -> None:
+    """Negate the first code of every second replica of each group (where the encoder's last layer is a Linear)."""
+    names = last_linear(replicas, prefix)
+    odd = torch.arange(replicas.count) % group % 2 == 1
+    for name in names or ():
+        if name is not None:
+            replicas.parameters[name][odd, 0] *= -1
 
 
 @torch.no_grad()

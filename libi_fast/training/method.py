@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from libi_fast.models.model import LatentVariableModel, MeanField
 from libi_fast.models.networks import describe
 from libi_fast.ops.random import Stream, as_replicas, as_seed, philox_normal
 from libi_fast.training.optimise import Batches, Schedule, as_rows, optimise
-from libi_fast.training.replicas import Loss, Replicas, System, make_system
+from libi_fast.training.replicas import Loss, Replicas, System, chosen, make_system
 
 VALIDATION_SAMPLES = 16
 
@@ -27,27 +28,64 @@ class Run:
     def __init__(self, replicas: Replicas, batches: Batches, validation: Tensor, seed: Tensor, options: dict[str, Any], bar: tqdm):
         self.replicas, self.batches, self.validation, self.seed, self.bar = replicas, batches, validation, seed, bar
         self.options = options
+        self.restarts: int = options["restarts"]
         self.history: list[dict[str, Any]] = []
         self.step = 0
         self.ids = as_replicas(replicas.count, seed.device)
 
-    def phase(self, name: str, epochs: int, parameters: list[Tensor], loss: Loss, decay: bool = True) -> None:
-        """Minimise ``loss`` over ``parameters`` for at most ``epochs`` epochs."""
-        if epochs < 1 or not parameters:
-            return
-        o = self.options
-        schedule = Schedule(epochs, o["learning_rate"], o["tolerance"], o["patience"], decay)
-        done = 0
+    def phase(
+        self, name: str, epochs: int, parameters: list[Tensor], loss: Loss,
+        validate: Callable[[], dict[str, Tensor]] | None = None, decay: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """Minimise ``loss`` over ``parameters`` for at most ``epochs`` epochs.
 
-        def tick(count: int, objective: float) -> None:
-            nonlocal done
-            done += count
-            self.bar.update(count)
-            if not math.isnan(objective):
-                self.bar.set_postfix_str(f"{name} {objective:.4g}", refresh=False)
+        With ``validate`` (terms on held-out rows) each replica ends where its held-out objective, looked at some 50 times, was
+        lowest. Returns that objective, [R].
+        """
+        o, replicas = self.options, self.replicas
+        best = replicas.snapshot()
+        scores = torch.full((replicas.count,), math.inf, dtype=replicas.dtype)
 
-        self.step = optimise(parameters, loss, self.batches, schedule, name, self.step, self.history.append, tick)
-        self.bar.update(epochs - done)  # converged early: the bar jumps
+        def look() -> dict[str, Any]:
+            nonlocal best, scores
+            if validate is None:
+                return {}
+            with torch.no_grad():
+                value = torch.stack(list(validate().values())).sum(0)
+            better = value < scores
+            best, scores = chosen(better, replicas.snapshot(), best), torch.where(better, value, scores)
+            return {"validation": value.tolist()}
+
+        if epochs >= 1 and parameters:
+            schedule = Schedule(epochs, o["learning_rate"], o["tolerance"], o["patience"], decay)
+            done = 0
+
+            def tick(objective: float) -> None:
+                nonlocal done
+                done += 1
+                self.bar.update(1)
+                if not math.isnan(objective):
+                    self.bar.set_postfix_str(f"{name} {objective:.4g}", refresh=False)
+
+            self.step = optimise(
+                parameters, loss, self.batches, schedule, name, self.step,
+                lambda record: self.history.append({**record, **look()}), tick,
+            )  # fmt: skip
+            self.bar.update(epochs - done)  # converged early: the bar jumps
+        else:
+            look()
+        if validate is not None:
+            replicas.restore(best)
+        return scores
+
+    def validation_noise(self, latent_dim: int, dtype: torch.dtype) -> Tensor:
+        """The same draws at every look, so that looks differ by the parameters alone."""
+        return self.noise(len(self.validation), VALIDATION_SAMPLES, latent_dim, 2**32 - 1, dtype)
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with the replicas of ``index`` alone; they keep their random numbers."""
+        self.replicas.select(index)
+        self.ids = self.ids[index]
 
     def noise(self, rows: int, samples: int, latent_dim: int, repetition: int, dtype: torch.dtype) -> Tensor:
         """Standard normal [R, rows, samples, L] for one step; independent between steps and replicas."""
@@ -139,9 +177,8 @@ class Method:
         self.model.likelihood.check(held_out)
         self._check_inference(batches.rows[:2])
         self._check_batches(batches)
-        systems = [make_system(*self._sources, int(key) % 2**31 + 1_000_003 * r, not warm_start) for r in range(restarts)]
-        replicas = Replicas(systems)
-        options = dict(learning_rate=learning_rate, tolerance=tolerance, patience=patience)
+        replicas = Replicas(self._systems(restarts, int(key) % 2**31, not warm_start))
+        options = dict(learning_rate=learning_rate, tolerance=tolerance, patience=patience, restarts=restarts)
         with tqdm(total=epochs, desc=self.label, unit="epoch", disable=not progress, leave=True) as bar:
             run = Run(replicas, batches, held_out, key, options, bar)
             best, scores = self._train(run, epochs)
@@ -156,6 +193,10 @@ class Method:
     @property
     def label(self) -> str:
         return type(self).__name__
+
+    def _systems(self, restarts: int, seed: int, fresh: bool) -> list[System]:
+        """The systems training begins with."""
+        return [make_system(*self._sources, seed + 1_000_003 * r, fresh) for r in range(restarts)]
 
     def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
         """The method's phases: the best parameters of every replica and their validation objectives [R] (lower is better)."""

@@ -144,7 +144,7 @@ class Schedule:
 
 def optimise(
     parameters: Sequence[Tensor], loss: Loss, batches: Batches, schedule: Schedule, phase: str, step: int,
-    report: Callable[[dict[str, Any]], None], tick: Callable[[int, float], None],
+    report: Callable[[dict[str, Any]], None], tick: Callable[[float], None],
 ) -> int:  # fmt: skip
     """Minimise the sum of the terms; returns the number of steps done so far, the next phase's first.
 
@@ -185,6 +185,6 @@ def optimise(
                     f"training became non-finite in {phase}, epoch {epoch}: {', '.join(bad)} of all {len(objective)} restarts"
                 )
             report({"phase": phase, "epoch": epoch, **{k: v.tolist() for k, v in means.items()}})
-        tick(1, float(objective[torch.isfinite(objective)].min()) if epoch % every == 0 else math.nan)
+        tick(float(objective[torch.isfinite(objective)].min()) if epoch % every == 0 else math.nan)
         epoch += 1
     return step

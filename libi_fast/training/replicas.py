@@ -76,6 +76,7 @@ class Replicas:
                 raise InputError(f"all restarts must have one architecture, but parameter {name!r} differs between them")
             stacked = torch.stack([n[name].detach() for n in named]).clone()
             self.parameters[name] = stacked.requires_grad_(value.requires_grad)
+        self.dtype = next(iter(self.parameters.values())).dtype
         self._mapped = True
 
     def __call__(self, what: str, *args: Tensor, shared: tuple[bool, ...] | None = None) -> Any:
@@ -130,10 +131,29 @@ class Replicas:
         return {k: v.detach().clone() for k, v in self.parameters.items()}
 
     def load_into(self, system: System, values: dict[str, Tensor], replica: int) -> None:
-        """Copy one replica's values into a system's own parameters."""
+        """Copy one replica's values into a system's own parameters (a dropped encoder's stay as they are)."""
         with torch.no_grad():
             for name, parameter in system.named_parameters():
-                parameter.copy_(values[name][replica])
+                if name in values:
+                    parameter.copy_(values[name][replica])
+
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """The inverse of ``snapshot``."""
+        with torch.no_grad():
+            for name, value in values.items():
+                self.parameters[name].copy_(value)
+
+    def select(self, index: Tensor) -> None:
+        """Keep the replicas of ``index`` [R'], in that order."""
+        self.count = len(index)
+        self.parameters = {
+            k: v.detach()[index].clone().requires_grad_(v.requires_grad) for k, v in self.parameters.items()
+        }
+
+    def drop_encoder(self) -> None:
+        """From now on h is the mean of q."""
+        self.template.encoder = None
+        self.parameters = {k: v for k, v in self.parameters.items() if not k.startswith("encoder.")}
 
 
 def chosen(better: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -50,16 +50,15 @@ class VAE(Method):
         if s["anneal"]:
             # Its own phase without decay, so that beta has risen before the rate falls.
             rising = epochs // 2
-            run.phase("annealing", rising, parameters, loss_with(lambda step: s["beta"] * (step + 1) / rising), decay=False)
+            run.phase(
+                "annealing", rising, parameters, loss_with(lambda step: s["beta"] * (step + 1) / rising), decay=False
+            )
             epochs -= rising
-        run.phase("elbo", epochs, parameters, loss_with(lambda step: s["beta"]))
-        return replicas.snapshot(), self._validate(run)
-
-    @torch.no_grad()
-    def _validate(self, run: Run) -> Tensor:
-        noise = run.noise(len(run.validation), VALIDATION_SAMPLES, self.model.latent_dim, 2**32 - 1, self.model.dtype)
-        terms = elbo_terms(run.replicas, run.validation, noise, self.settings["beta"])
-        return terms["reconstruction"] + terms["kl"]
+        scores = run.phase(
+            "elbo", epochs, parameters, loss_with(lambda step: s["beta"]),
+            lambda: elbo_terms(replicas, run.validation, run.validation_noise(latent_dim, dtype), s["beta"]),
+        )  # fmt: skip
+        return replicas.snapshot(), scores
 
 
 class IWAE(Method):
@@ -101,7 +100,8 @@ class IWAE(Method):
         def loss(x: Tensor, step: int) -> dict[str, Tensor]:
             return {"bound": self._bound(run, x, self.settings["num_samples"], step)}
 
-        run.phase("bound", epochs, run.replicas.group("model.", "inference."), loss)
-        with torch.no_grad():
-            scores = self._bound(run, run.validation, max(VALIDATION_SAMPLES, self.settings["num_samples"]), 2**32 - 1)
+        scores = run.phase(
+            "bound", epochs, run.replicas.group("model.", "inference."), loss,
+            lambda: {"bound": self._bound(run, run.validation, VALIDATION_SAMPLES, 2**32 - 1)},
+        )  # fmt: skip
         return run.replicas.snapshot(), scores

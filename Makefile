@@ -1,0 +1,47 @@
+# make demo | test | lint | bench | clean.  Each makes .venv itself; PYTHON=... chooses the interpreter for it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.hpp')
+
+.PHONY: help install demo test lint bench clean distclean
+
+help:
+	@sed -n 1p Makefile | cut -c 3-
+
+install: $(STAMP)
+
+# Editable: changed Python is seen at once; changed C++ makes the stamp old, and the next target builds it again.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) not found: libi_fast needs Python 3.11 or newer (make PYTHON=...)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "libi_fast needs Python 3.11 or newer, and $(PYTHON) is %d.%d (make PYTHON=...)" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -c "from libi_fast.kernels import cpu; print('compiled kernels:', cpu.why_unavailable() or cpu.isa())"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/libi-fast demo --out demo-run --force
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+# Type checkers do not follow an editable install, and the kernels are a folder elsewhere until installed: mypy reads
+# a copy laid out as installed. It is made anew each time, so that no deleted file lingers.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/typecheck && mkdir -p build/typecheck
+	@cp -R libi_fast build/typecheck/libi_fast && cp -R kernels build/typecheck/libi_fast/kernels
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p libi_fast
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find kernels libi_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2> /dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,50 @@
+"""What the build must never do: fast-math flags, or kernels imported by their bare name."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "pyproject.toml").is_file():
+    pytest.skip("needs the source tree", allow_module_level=True)
+
+
+def sources(*folders: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    for folder in folders:
+        yield from (p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes and "__pycache__" not in p.parts)
+
+
+def test_kernels_are_imported_inside_the_package_only() -> None:
+    """An editable install puts the root on sys.path, where a bare `kernels` would be a second copy of the modules."""
+    bare = re.compile(r"^\s*(import\s+kernels\b|from\s+kernels\b)", re.MULTILINE)
+    for path in sources("libi_fast", "kernels", "tests", "benchmarks", suffixes=(".py",)):
+        assert not bare.search(path.read_text()), f"{path.relative_to(ROOT)} imports the kernels by a bare name"
+
+
+def test_an_import_never_points_up() -> None:
+    upper = re.compile(r"^\s*(from|import)\s+libi_fast(?!\.kernels\b)\b", re.MULTILINE)
+    for path in sources("kernels", suffixes=(".py",)):
+        assert not upper.search(path.read_text()), f"{path.relative_to(ROOT)} imports from a floor above"
+
+
+def test_no_fast_math() -> None:
+    """Linking with it turns subnormal numbers off for the whole process."""
+    forbidden = re.compile(r"-f?fast-?math|-Ofast|-funsafe-math|/fp:fast", re.IGNORECASE)
+    build_files = [ROOT / "CMakeLists.txt", ROOT / "Makefile", ROOT / "pyproject.toml"]
+    for path in [*build_files, *sources("kernels", suffixes=(".cpp", ".hpp", ".cu", ".h"))]:
+        assert not forbidden.search(path.read_text()), f"{path.relative_to(ROOT)} asks for fast math"
+
+
+def test_every_kernel_source_is_built() -> None:
+    listed = set(re.findall(r"kernels/\w+/cpu\.cpp", (ROOT / "CMakeLists.txt").read_text()))
+    assert listed == {str(p.relative_to(ROOT)) for p in (ROOT / "kernels").glob("*/cpu.cpp")}
+
+
+def test_torch_is_no_build_requirement() -> None:
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert not any(r.startswith("torch") for r in requires)
