@@ -3,6 +3,7 @@
 >>> import libi_fast as lf
 """
 
+from libi_fast import data
 from libi_fast.errors import InputError
 from libi_fast.estimators import LogLikelihood, log_likelihood, pareto_k
 from libi_fast.models.likelihoods import Bernoulli, DiagonalGaussian, Gaussian, Likelihood
@@ -18,5 +19,39 @@ from libi_fast.ops._library import use_backend
 from libi_fast.ops.henze_zirkler import HenzeZirkler, henze_zirkler
 from libi_fast.ops.log_mean_exp import log_mean_exp
 from libi_fast.ops.random import Stream, philox_normal, philox_uniform
-from libi_fast import data  # isort: skip
+from libi_fast.runs import load
 from libi_fast.training import IWAE, VAE, LiBI, Method
+
+__all__ = [
+    "IWAE",
+    "VAE",
+    "Bernoulli",
+    "Cube",
+    "DiagonalGaussian",
+    "Gaussian",
+    "HenzeZirkler",
+    "InputError",
+    "JTExMap",
+    "LatentVariableModel",
+    "LiBI",
+    "Likelihood",
+    "LogLikelihood",
+    "MeanField",
+    "MeanFieldGaussian",
+    "Method",
+    "Stream",
+    "closest_mean_field",
+    "data",
+    "exact_log_likelihood",
+    "exact_posterior",
+    "henze_zirkler",
+    "linear_gaussian_marginal",
+    "load",
+    "log_likelihood",
+    "log_mean_exp",
+    "mlp",
+    "pareto_k",
+    "philox_normal",
+    "philox_uniform",
+    "use_backend",
+]

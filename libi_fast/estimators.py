@@ -163,13 +163,13 @@ def log_likelihood(
     replicas = random.as_replicas(None, x.device)
     if recognised is not None:
         layers, parameters = recognised
-        gaussian = isinstance(model.likelihood, DiagonalGaussian)
-        variance = model.likelihood.variance[None] if gaussian else x.new_empty((1, 0))  # type: ignore[union-attr]
+        variance = model.likelihood.variance[None] if isinstance(model.likelihood, DiagonalGaussian) else x.new_empty((1, 0))
         estimate = op.importance_layers(
             x[None], mean[None], log_scale[None], layers, parameters, variance, key, replicas, settings
         )
     else:
-        names, parameters = zip(*model.named_parameters(), strict=True) if any(True for _ in model.parameters()) else ((), ())
+        names = [name for name, _ in model.named_parameters()]
+        parameters = list(model.parameters())
 
         def log_prob(leaves, rows: Tensor, z: Tensor) -> Tensor:
             method = _LogProb(model)

@@ -68,48 +68,65 @@ def data_and_codes(data: Tensor, codes: Tensor, covariance: Tensor, panels: Sequ
     reach = 1.05 * max(max(CONTOURS), *(float(c.abs().max()) for c in (codes, *(p.codes for p in panels))))
     axes[0][1].set(xlim=(-reach, reach), ylim=(-reach, reach))
     for axis in axes[-1]:  # below the panels, where no point is covered
-        axis.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9.5, markerscale=2, frameon=False
-        )
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9.5, markerscale=2, frameon=False)
     return figure
 
 
 def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """The objective (the sum of its terms, nats a row) over epochs: a panel a phase, the chosen restart in colour.
+    """The objective (the sum of its terms, nats a row) over epochs, a panel a phase.
+
+    The chosen restart is in colour (a colour a repeat) with its held-out objective dashed, the other restarts are grey.
 
     Args:
         history: ``Method.history``: records of a phase, an epoch and terms [restarts]; one names the restart.
     """
-    chosen = next((r["restart"] for r in reversed(history) if r.get("restart") is not None), 0)
-    phases: dict[str, list[list[tuple[int, list[float]]]]] = {}  # name, repeats, records: epoch and objectives
+    selection = next((r for r in reversed(history) if r.get("restart") is not None), {"restart": 0, "objective": [0]})
+    phases: dict[str, list[list[Mapping[str, Any]]]] = {}  # name, repeats, records
     for record in history:
         if record.get("epoch") is None:
             continue
-        runs = phases.setdefault(record["phase"], [])
-        if not runs or record["epoch"] <= runs[-1][-1][0]:
-            runs.append([])  # the epochs start again: a new repeat
-        runs[-1].append((record["epoch"], _objectives(record)))
+        repeats = phases.setdefault(record["phase"], [])
+        if not repeats or record["epoch"] <= repeats[-1][-1]["epoch"]:
+            repeats.append([])  # the epochs start again
+        repeats[-1].append(record)
     figure = _figure(width=8.0, height=2.4 * max(1, len(phases)) + 0.4)
     axes = figure.subplots(max(1, len(phases)), 1, squeeze=False)[:, 0]
-    for axis, (name, runs) in zip(axes, phases.items(), strict=False):
-        settled = [v for run in runs for _, values in run[len(run) // 5 :] for v in values if math.isfinite(v)]
-        for i, run in enumerate(runs):
-            epochs = [epoch for epoch, _ in run]
-            for restart in sorted(range(len(run[0][1])), key=lambda r: r == chosen):  # the chosen one on top
-                colour = CURVE_COLOURS[i % len(CURVE_COLOURS)] if restart == chosen else "0.75"
-                axis.plot(epochs, [values[restart] for _, values in run], color=colour, linewidth=1.2)
+    for axis, (name, repeats) in zip(axes, phases.items(), strict=False):
+        settled: list[float] = []
+        for i, records in enumerate(repeats):
+            epochs = [r["epoch"] for r in records]
+            objectives = list(zip(*map(_objectives, records), strict=True))
+            # Candidates outnumber restarts: none of them is the chosen one yet.
+            chosen = selection["restart"] if len(objectives) == len(selection["objective"]) else -1
+            for restart, values in enumerate(objectives):
+                if restart != chosen:
+                    axis.plot(epochs, values, color="0.75", linewidth=1.0, zorder=1)
+                settled += [v for v in values[len(values) // 5 :] if math.isfinite(v)]
+            if chosen >= 0:
+                colour = CURVE_COLOURS[i % len(CURVE_COLOURS)]
+                axis.plot(epochs, objectives[chosen], color=colour, linewidth=1.4)
+                if records[0].get("validation") is not None:
+                    held_out = [_number(r["validation"][chosen]) for r in records]
+                    axis.plot(epochs, held_out, color=colour, linewidth=1.4, linestyle="--")
         if settled:  # the first epochs' heights would flatten the rest
             margin = 0.05 * (max(settled) - min(settled)) or 1.0
             axis.set_ylim(min(settled) - margin, max(settled) + margin)
-        axis.set(title=name, xlabel="epoch", ylabel="objective (nats)")
+        axis.set(title=f"{name} (dashed: held out)" if "validation" in repeats[0][0] else name, xlabel="epoch")
+        axis.set_ylabel("objective (nats)")
         axis.grid(alpha=0.3)
     return figure
 
 
 def _objectives(record: Mapping[str, Any]) -> list[float]:
-    """The sum of a record's terms for every restart; null, which stands for what is not finite, as NaN."""
-    terms = [value for name, value in record.items() if name not in ("phase", "epoch") and isinstance(value, list)]
-    return [sum(math.nan if v is None else v for v in values) for values in zip(*terms, strict=True)]
+    """The sum of a record's terms, for every restart."""
+    known = ("phase", "epoch", "validation")
+    terms = [value for name, value in record.items() if name not in known and isinstance(value, list)]
+    return [sum(map(_number, values)) for values in zip(*terms, strict=True)]
+
+
+def _number(value: float | None) -> float:
+    """Null stands for what is not finite in metrics.jsonl."""
+    return math.nan if value is None else float(value)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -163,9 +163,7 @@ def check_target(folder: str | PathLike[str], is_ours: Callable[[Path], bool] = 
         if not any(target.iterdir()):
             return  # an empty folder holds nothing to lose
         if not is_ours(target):
-            raise InputError(
-                f"{target} exists and was not written by libi_fast; it is left alone, choose another folder"
-            )
+            raise InputError(f"{target} exists and was not written by libi_fast; it is left alone, choose another folder")
         if not force:
             raise InputError(f"{target} exists; pass --force (force=True from Python) to replace it")
     parent = next(p for p in target.absolute().parents if p.exists())

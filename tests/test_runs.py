@@ -15,7 +15,7 @@ from libi_fast.errors import InputError
 METHODS = {"libi": lf.LiBI, "vae": lf.VAE, "iwae": lf.IWAE}
 
 
-def fitted(kind: str = "vae", standardize: bool = True, epochs: int = 6) -> lf.Method:
+def fitted(kind: str = "vae", standardize: bool = True, epochs: int = 18) -> lf.Method:
     d = data.LinearJTEx(seed=1, train=40, validation=20, test=1)
     model = lf.LatentVariableModel(lf.mlp(2, [3], 2), lf.DiagonalGaussian(torch.ones(2), learned=True), 2)
     method = METHODS[kind](model, inference=lf.MeanFieldGaussian(lf.mlp(2, [3], 4)))

@@ -186,7 +186,14 @@ def tiles(decoder: Decoder, replicas: int, rows: int, num_samples: int, chunk_si
 
 
 def forward(
-    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, num_samples: int, tail: int, chunk_size: int
+    x: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+    decoder: Decoder,
+    draws: Draws,
+    num_samples: int,
+    tail: int,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [R or 1, N, D], mean and log_scale [R, N, L] (log_scale with the inflation inside) -> [R, N], [R, N], [R, N, tail]."""
     replicas, n, latent_dim = mean.shape

@@ -43,7 +43,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
 
 
 def words(
-    seed: Tensor, replicas: Tensor, first_row: int, rows: int, first_block: int, blocks: int, repetition: int, stream: int
+    seed: Tensor,
+    replicas: Tensor,
+    first_row: int,
+    rows: int,
+    first_block: int,
+    blocks: int,
+    repetition: int,
+    stream: int,
 ) -> Tensor:
     """uint32 words [R, rows, blocks, 4] as int64."""
     device = seed.device

@@ -113,9 +113,7 @@ def find_name(source: str | PathLike[str]) -> str | None:
         return None
     if path.suffix or len(path.parts) > 1:
         raise InputError(f"file not found: {text}")
-    raise InputError(
-        f"unknown data set {text!r}; known: {', '.join(known_names())}; or give a file ({', '.join(READABLE)})"
-    )
+    raise InputError(f"unknown data set {text!r}; known: {', '.join(known_names())}; or give a file ({', '.join(READABLE)})")
 
 
 def load(

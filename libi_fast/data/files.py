@@ -107,9 +107,7 @@ def load_table(path: str | PathLike[str], *, key: str | None = None, min_rows: i
         ".parquet": _read_parquet,
     }
     if path.suffix.lower() not in readers:
-        raise InputError(
-            f"{path}: cannot read {path.suffix or 'a file without ending'}; supported: {_listed(READABLE)}"
-        )
+        raise InputError(f"{path}: cannot read {path.suffix or 'a file without ending'}; supported: {_listed(READABLE)}")
     if not path.exists():
         raise InputError(f"file not found: {path}")
     if not path.is_file():
@@ -134,9 +132,7 @@ def load_table(path: str | PathLike[str], *, key: str | None = None, min_rows: i
     return Table(values, columns, names is not None)
 
 
-def save_table(
-    path: str | PathLike[str], values: Tensor | np.ndarray, columns: Sequence[str], *, force: bool = False
-) -> None:
+def save_table(path: str | PathLike[str], values: Tensor | np.ndarray, columns: Sequence[str], *, force: bool = False) -> None:
     """Writes values [N, D] with column names, in the format that the ending names (.npy keeps no names).
 
     The file appears whole or not at all, and an existing one stays unless ``force``.
@@ -281,9 +277,7 @@ def _read_npz(path: Path, key: str | None) -> tuple[np.ndarray, list[str] | None
             if key is None:
                 key = names[0] if len(names) == 1 else "x"
                 if key not in names:
-                    raise InputError(
-                        f"{len(names)} arrays ({_listed(names)}) and none is named x: choose one with --key"
-                    )
+                    raise InputError(f"{len(names)} arrays ({_listed(names)}) and none is named x: choose one with --key")
             if key not in names:
                 raise InputError(f"no array named {key!r}; it holds: {_listed(names)}")
             array = archive[key]

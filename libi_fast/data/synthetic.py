@@ -80,9 +80,7 @@ class LinearGaussianDataset(Dataset):
 
     truth: GaussianTruth
 
-    def __init__(
-        self, name: str, truth: GaussianTruth, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, name: str, truth: GaussianTruth, seed: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
         data_dim, self.latent_dim = truth.weight.shape
         splits, self._codes = {}, {}
         for (split, first_row), size in zip(FIRST_ROW.items(), sizes, strict=True):

@@ -50,6 +50,7 @@ class DiagonalGaussian(Likelihood):
     """
 
     name = "gaussian"
+    fixed_variance: Tensor
 
     def __init__(self, variance: Tensor | float, learned: bool = False, least: float = 1e-6):
         super().__init__()
@@ -144,5 +145,3 @@ def likelihood_from_config(config: dict[str, Any], dtype: torch.dtype = torch.fl
     if config["learned"]:
         return DiagonalGaussian(torch.ones(config["size"], dtype=dtype), True, config["least"])
     return DiagonalGaussian(torch.tensor(config["variance"], dtype=dtype))
-
-

@@ -11,6 +11,12 @@ from libi_fast.models.model import LatentVariableModel, MeanField
 from libi_fast.models.networks import chain
 
 
+def is_linear_gaussian(model: LatentVariableModel) -> bool:
+    """Whether the decoder is a chain of linear maps and the noise Gaussian, so that the closed forms here hold."""
+    pairs = chain(model.decoder)
+    return pairs is not None and all(name == "identity" for _, name in pairs) and isinstance(model.likelihood, DiagonalGaussian)
+
+
 @torch.no_grad()
 def affine_map(model: LatentVariableModel) -> tuple[Tensor, Tensor, Tensor]:
     """(weight [D, L], bias [D], noise variance [D]) in float64.
@@ -18,19 +24,21 @@ def affine_map(model: LatentVariableModel) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         InputError: the decoder is not a chain of linear maps, or the likelihood is not Gaussian.
     """
-    pairs = chain(model.decoder)
-    if pairs is None or any(name != "identity" for _, name in pairs):
-        raise InputError("an exact log-likelihood needs a linear decoder")
-    if not isinstance(model.likelihood, DiagonalGaussian):
-        raise InputError(f"an exact log-likelihood needs a Gaussian likelihood, got {model.likelihood.name}")
+    if not is_linear_gaussian(model):
+        raise InputError(
+            "closed forms need a linear decoder and a Gaussian likelihood, got "
+            f"{type(model.decoder).__name__} and {model.likelihood.name}"
+        )
+    pairs = chain(model.decoder) or []
     weight = torch.eye(model.latent_dim, dtype=torch.float64, device=model.device)
     shift = weight.new_zeros(model.latent_dim)
     for linear, _ in pairs:
-        matrix = linear.weight.double()  # type: ignore[union-attr]
+        matrix = linear.weight.double()
         bias = getattr(linear, "bias", None)
         weight, shift = matrix @ weight, matrix @ shift
         if bias is not None:
             shift = shift + bias.double()
+    assert isinstance(model.likelihood, DiagonalGaussian)
     return weight, shift, model.likelihood.variance.double().expand(len(shift))
 
 

@@ -87,7 +87,7 @@ class LatentVariableModel(nn.Module):
             raise InputError(f"n must be at least 1, got {n}")
 
         key = as_seed(seed, self.device)
-        common: dict[str, Any] = dict(stream=Stream.MODEL_SAMPLE, dtype=self.dtype, device=self.device)
+        common: dict[str, Any] = {"stream": Stream.MODEL_SAMPLE, "dtype": self.dtype, "device": self.device}
         output = self.decode(philox_normal(key, n, self.latent_dim, **common))
         draw = philox_uniform if self.likelihood.name == "bernoulli" else philox_normal
         return self.likelihood.sample(output, draw(key, n, output.shape[-1], repetition=1, **common))

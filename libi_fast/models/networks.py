@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ class JTExMap(nn.Module):
     Args:
         b: [D], the diagonal of B, in squared units of x.
     """
+
+    b: Tensor
 
     def __init__(self, b: Sequence[float] | Tensor):
         super().__init__()
@@ -58,7 +61,7 @@ ACTIVATIONS: dict[str, Any] = {
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
 }
-_DEFAULTS = {
+_DEFAULTS: dict[type, dict[str, Any]] = {
     nn.Softplus: {"beta": 1.0, "threshold": 20.0},
     nn.GELU: {"approximate": "none"},
     nn.LeakyReLU: {"negative_slope": 0.01},
@@ -78,7 +81,7 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "tan
     if min(widths) < 1:
         raise InputError(f"every width must be at least 1, got {widths}")
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Linear(fan_in, fan_out, bias=bias)]
         if i < len(widths) - 2:
             layers += [ACTIVATIONS[activation]()]
@@ -93,12 +96,12 @@ def _activation_name(module: nn.Module) -> str | None:
     return None
 
 
-def chain(module: nn.Module) -> list[tuple[nn.Module, str]] | None:
+def chain(module: nn.Module) -> list[tuple[nn.Linear | JTExMap, str]] | None:
     """(linear map, activation) pairs of a Sequential of linear maps and elementwise activations, or None for any other."""
     flat = [m for m in module.modules() if type(m) is not nn.Sequential] if isinstance(module, nn.Sequential) else [module]
-    pairs: list[tuple[nn.Module, str]] = []
+    pairs: list[tuple[nn.Linear | JTExMap, str]] = []
     for part in flat:
-        if type(part) in (nn.Linear, JTExMap):
+        if type(part) is nn.Linear or type(part) is JTExMap:
             pairs.append((part, "identity"))
             continue
         name = _activation_name(part)
@@ -120,7 +123,7 @@ def recognise(module: nn.Module, likelihood: str) -> tuple[Layers, list[Tensor]]
     has_bias = []
     for linear, _ in pairs:
         bias = getattr(linear, "bias", None)
-        tensors += [linear.weight[None]] if bias is None else [linear.weight[None], bias[None]]  # type: ignore[index]
+        tensors += [linear.weight[None]] if bias is None else [linear.weight[None], bias[None]]
         has_bias.append(bias is not None)
     return Layers(tuple(name for _, name in pairs), tuple(has_bias), likelihood), tensors
 
@@ -171,7 +174,7 @@ def fresh_copy(module: nn.Module) -> nn.Module:
     for name, part in clone.named_modules():
         owns = any(True for _ in part.parameters(recurse=False))
         if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
+            part.reset_parameters()  # type: ignore[operator]
         elif owns:
             raise InputError(
                 f"restarts need fresh parameters, but {type(part).__name__} ({name or 'the module itself'}) has no "

@@ -8,6 +8,7 @@ That pair costs a few microseconds over the Function alone, where ``custom_op`` 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -64,12 +65,23 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.name} has no second derivative")
 
 
-def once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
-    """Mark a gradient as not differentiable again. ``once_differentiable`` alone gives silent zeros where the inputs but not
-    the incoming gradient require one (a Hessian, a gradient penalty). Free in a plain backward pass."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return gradient
-    return _Once.apply(gradient, name, *inputs)
+def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For an autograd.Function's backward: a second derivative raises. PyTorch's own decorator gives silent zeros where the
+    inputs but not the incoming gradient require one (a Hessian, a gradient penalty). Free in a plain backward pass."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Any) -> Any:
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return results
+            inputs = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor)]
+            return tuple(_Once.apply(r, name, *inputs) if isinstance(r, Tensor) else r for r in results)
+
+        return wrapper
+
+    return decorate
 
 
 def _choose(name: str, implementations: dict[str, Any], backend: str, arguments: Sequence[Any]) -> str:

@@ -25,14 +25,14 @@ def _folding(op: Any):
     return rule
 
 
-_forward = lib.define(
+_forward: Any = lib.define(
     "henze_zirkler",
     "(Tensor z, float beta, str backend) -> Tensor",
     {"reference": reference.forward},
     lambda z, beta: z.new_empty(z.shape[:1]),
     _folding(lambda *args: _forward(*args)),
 )
-_backward = lib.define(
+_backward: Any = lib.define(
     "henze_zirkler_backward",
     "(Tensor grad, Tensor z, float beta, str backend) -> Tensor",
     {"reference": reference.backward},
@@ -54,10 +54,9 @@ class _HenzeZirkler(torch.autograd.Function):
         ctx.beta, ctx.backend = inputs[1:]
 
     @staticmethod
+    @lib.once_differentiable("henze_zirkler")
     def backward(ctx: Any, grad: Tensor):
-        with torch.no_grad():
-            gradient = _backward(grad, *ctx.saved_tensors, ctx.beta, ctx.backend)
-        return lib.once("henze_zirkler", gradient, grad, *ctx.saved_tensors), None, None
+        return _backward(grad, *ctx.saved_tensors, ctx.beta, ctx.backend), None, None
 
 
 class HenzeZirkler(NamedTuple):

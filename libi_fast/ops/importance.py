@@ -28,9 +28,7 @@ PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
 def _normal(backend: str) -> Callable[..., Tensor]:
     def draw(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype):
-        return random._philox(
-            seed, replicas, first_row, rows, first_draw, draws, repetition, stream, "normal", dtype, backend
-        )
+        return random._philox(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, "normal", dtype, backend)
 
     return draw
 
@@ -202,7 +200,7 @@ class _Fused(torch.autograd.Function):
         ctx.layers, ctx.settings = layers, settings
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @lib.once_differentiable("log_likelihood")
     def backward(ctx: Any, grad: Tensor, *ignored: Any):
         log_likelihood, x, mean, log_scale, variance, seed, replicas, *parameters = ctx.saved_tensors
         layers = ctx.layers
@@ -261,7 +259,7 @@ class _Streamed(torch.autograd.Function):
         ctx.stream = stream
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @lib.once_differentiable("log_likelihood")
     def backward(ctx: Any, grad: Tensor, *ignored: Any):
         log_likelihood, x, mean, log_scale, seed, replicas, *parameters = ctx.saved_tensors
         stream, settings = ctx.stream, ctx.stream.settings
@@ -279,9 +277,7 @@ class _Streamed(torch.autograd.Function):
             to_z, from_x, *from_parameters = torch.autograd.grad(
                 log_prob, inputs, share, allow_unused=True, materialize_grads=True
             )
-            from_mean, from_scale = reference.proposal_gradient(
-                settings.gradient, to_z, share, v, z, noise, row_scale
-            )
+            from_mean, from_scale = reference.proposal_gradient(settings.gradient, to_z, share, v, z, noise, row_scale)
             to_mean[:, rows] += from_mean
             to_scale[:, rows] += from_scale
             to_x[:, rows] += from_x

@@ -35,14 +35,14 @@ def _native_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
     return flat.reshape(x.shape)
 
 
-_forward = lib.define(
+_forward: Any = lib.define(
     "log_mean_exp",
     "(Tensor log_weights, str backend) -> Tensor",
     {"reference": reference.forward, "cpu": _native_forward},
     lambda x: x.new_empty(x.shape[:-1]),
     _vmap(lambda *args: _forward(*args)),
 )
-_backward = lib.define(
+_backward: Any = lib.define(
     "log_mean_exp_backward",
     "(Tensor grad, Tensor log_weights, Tensor out, str backend) -> Tensor",
     {"reference": reference.backward, "cpu": _native_backward},
@@ -64,10 +64,9 @@ class _LogMeanExp(torch.autograd.Function):
         ctx.backend = inputs[1]
 
     @staticmethod
+    @lib.once_differentiable("log_mean_exp")
     def backward(ctx: Any, grad: Tensor):
-        with torch.no_grad():
-            gradient = _backward(grad, *ctx.saved_tensors, ctx.backend)
-        return lib.once("log_mean_exp", gradient, grad, ctx.saved_tensors[0]), None
+        return _backward(grad, *ctx.saved_tensors, ctx.backend), None
 
 
 def log_mean_exp(log_weights: Tensor, *, backend: str | None = None) -> Tensor:

@@ -33,9 +33,7 @@ _CONVERT = {"uniform": reference.to_uniform, "normal": reference.to_normal}
 
 
 def _reference(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, kind, dtype):
-    return reference.draws(
-        _CONVERT[kind], seed, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype
-    )
+    return reference.draws(_CONVERT[kind], seed, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype)
 
 
 def _native(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, kind, dtype):
@@ -90,7 +88,7 @@ def _draw(
 ) -> Tensor:  # fmt: skip
     if dtype not in lib.FLOATS:
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    for name, value in dict(rows=rows, draws=draws, first_row=first_row, first_draw=first_draw).items():
+    for name, value in {"rows": rows, "draws": draws, "first_row": first_row, "first_draw": first_draw}.items():
         lib.check_index(name, value, 4 * INDEX_LIMIT)
     lib.check_index("repetition", repetition, INDEX_LIMIT)
     lib.check_index("stream", int(stream), 256)

@@ -17,7 +17,9 @@ from libi_fast.training.vae import IWAE, VAE
 METHODS: dict[str, type[Method]] = {m.name: m for m in (LiBI, VAE, IWAE)}
 
 
-def from_config(config: dict[str, Any], decoder: torch.nn.Module | None = None, network: torch.nn.Module | None = None) -> Method:
+def from_config(
+    config: dict[str, Any], decoder: torch.nn.Module | None = None, network: torch.nn.Module | None = None
+) -> Method:
     """The method that ``Method.config()`` describes, with fresh weights.
 
     Args:

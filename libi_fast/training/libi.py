@@ -6,19 +6,18 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from libi_fast.errors import InputError
-from libi_fast.kernels.henze_zirkler.reference import whiten
 from libi_fast.ops.henze_zirkler import henze_zirkler_statistic
 from libi_fast.training import distributed
 from libi_fast.training.constraints import moment_errors, safe_exp
-from libi_fast.training.method import VALIDATION_SAMPLES, Method, Run, elbo_terms
+from libi_fast.training.method import Method, Run, elbo_terms
 from libi_fast.training.optimise import Batches
 from libi_fast.training.replicas import Replicas, System, chosen
+from libi_fast.training.start import copy_encoder, mirror_codes, start_std, whiten_codes
 
 STEP1_SHARE = 2 / 3  # of a repeat's epochs
-START_STDS = [0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001]
 
 
 class LiBI(Method):
@@ -54,9 +53,11 @@ class LiBI(Method):
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
         candidates: int = 4, initial_std: float | None = None,
     ):  # fmt: skip
-        for label, value in dict(
-            hz_weight=hz_weight, covariance_tolerance=covariance_tolerance, mean_tolerance=mean_tolerance
-        ).items():
+        for label, value in {
+            "hz_weight": hz_weight,
+            "covariance_tolerance": covariance_tolerance,
+            "mean_tolerance": mean_tolerance,
+        }.items():
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{label} must be positive and finite, got {value}")
         for label, value, least in (("repeats", repeats, 1), ("warm_up", warm_up, 0), ("candidates", candidates, 1)):
@@ -100,6 +101,7 @@ class LiBI(Method):
     def _step1(self, run: Run, epochs: int, first: bool) -> Tensor:
         replicas, s = run.replicas, self.settings
         prefix = "inference." if replicas.template.encoder is None else "encoder."
+
         def step1(name: str, epochs: int, decay: bool) -> Tensor:
             return run.phase(
                 name, epochs, [*replicas.group("model."), *replicas.group(prefix)],
@@ -113,13 +115,7 @@ class LiBI(Method):
             per_restart = replicas.count // run.restarts
             if per_restart > 1:
                 mirror_codes(replicas, prefix, per_restart)
-
-            def on_frozen_codes(x: Tensor, step: int) -> dict[str, Tensor]:
-                with torch.no_grad():
-                    z = replicas.codes(x)
-                return {"reconstruction": -replicas.log_prob(x, z).mean(-1)}
-
-            run.phase("warm-up", warm_up, replicas.group("model."), on_frozen_codes, decay=False)
+            run.fit_decoder(warm_up)
             epochs -= warm_up
             if per_restart > 1:
                 scores = step1("candidates", warm_up, False).view(run.restarts, per_restart)
@@ -131,19 +127,19 @@ class LiBI(Method):
     # --- step 2 ---
 
     def _step2(self, run: Run, epochs: int, first: bool) -> None:
-        replicas, latent_dim, dtype = run.replicas, self.model.latent_dim, self.model.dtype
+        replicas, latent_dim = run.replicas, self.model.latent_dim
         if first:
             if replicas.template.encoder is not None:
                 copy_encoder(replicas, latent_dim)
-            start_std(replicas, run, self.settings["initial_std"])
+            start_std(replicas, run.elbo_at_start, self.settings["initial_std"])
         theta = replicas.group("model.")
         for p in theta:
             p.requires_grad_(False)
         try:
             run.phase(
                 "step 2", epochs, replicas.group("inference."),
-                lambda x, step: elbo_terms(replicas, x, run.noise(len(x), 1, latent_dim, step, dtype)),
-                lambda: elbo_terms(replicas, run.validation, run.validation_noise(latent_dim, dtype)),
+                lambda x, step: elbo_terms(replicas, x, run.noise(len(x), 1, latent_dim, step)),
+                lambda: elbo_terms(replicas, run.validation, run.validation_noise(latent_dim)),
             )  # fmt: skip
         finally:
             for p in theta:
@@ -169,100 +165,3 @@ class LiBI(Method):
                 better = objective < scores
                 best, scores = chosen(better, replicas.snapshot(), best), torch.where(better, objective, scores)
         return best, scores
-
-
-# --- starting points ---
-
-
-def last_linear(replicas: Replicas, prefix: str) -> tuple[str, str | None] | None:
-    """Names of the weight and bias of the last Linear under ``prefix``."""
-    found = [
-        name for name, m in replicas.template.named_modules() if isinstance(m, nn.Linear) and f"{name}.".startswith(prefix)
-    ]
-    if not found:
-        return None
-    weight, bias = f"{found[-1]}.weight", f"{found[-1]}.bias"
-    return weight, bias if bias in replicas.parameters else None
-
-
-@torch.no_grad()
-def whiten_codes(replicas: Replicas, prefix: str, x: Tensor) -> None:
-    """Rescale the encoder's last Linear so that the codes of x have mean 0 and covariance I; replicas where that last layer
-    does not produce the codes linearly, or whose codes are singular, stay as they are."""
-    names = last_linear(replicas, prefix)
-    if names is None:
-        return
-    z = replicas.codes(x)
-    latent_dim = z.shape[-1]
-    _, factor, singular = whiten(z)
-    before = replicas.snapshot()
-    usable = (~singular).view(-1, 1, 1)
-    inverse = torch.linalg.inv(torch.where(usable, factor, torch.eye(latent_dim, dtype=z.dtype, device=z.device)))
-    weight, bias = replicas.parameters[names[0]], replicas.parameters[names[1]] if names[1] else None
-    weight[:, :latent_dim] = inverse @ weight[:, :latent_dim]
-    if bias is not None:
-        centre = torch.where(usable[..., 0], z.mean(-2), torch.zeros_like(z.mean(-2)))
-        bias[:, :latent_dim] = (inverse @ (bias[:, :latent_dim] - centre)[..., None])[..., 0]
-    off_mean, off_covariance = moment_errors(replicas.codes(x))
-    worked = (off_covariance < 0.01) & ((off_mean < 0.01) if bias is not None else torch.isfinite(off_mean))
-    replicas.restore(chosen(worked, replicas.snapshot(), before))
-
-
-@torch.no_grad()
-def mirror_codes(replicas: Replicas, prefix: str, group: int) -> None:
-    """Negate the first code of every second replica of each group (where the encoder's last layer is a Linear)."""
-    names = last_linear(replicas, prefix)
-    odd = torch.arange(replicas.count) % group % 2 == 1
-    for name in names or ():
-        if name is not None:
-            replicas.parameters[name][odd, 0] *= -1
-
-
-@torch.no_grad()
-def start_std(replicas: Replicas, run: Run, initial_std: float | None) -> None:
-    """Set q's log standard deviation to one number: the one given, or each replica's best of a grid by the ELBO."""
-    names = last_linear(replicas, "inference.")
-    if names is None or names[1] is None:
-        return
-    weight, bias = replicas.parameters[names[0]], replicas.parameters[names[1]]
-    latent_dim = replicas.template.model.latent_dim
-    if bias.shape[1] != 2 * latent_dim:
-        return
-    weight[:, latent_dim:] = 0
-    x = run.batches.rows
-    best = torch.full((replicas.count,), math.inf, dtype=bias.dtype)
-    value = torch.full_like(best, math.log(initial_std or 0.05))
-    for std in START_STDS if initial_std is None else ():
-        bias[:, latent_dim:] = math.log(std)
-        noise = run.noise(len(x), 1, latent_dim, run.step, x.dtype)
-        objective = torch.stack(list(elbo_terms(replicas, x, noise).values())).sum(0)
-        better = objective < best
-        best, value = torch.where(better, objective, best), torch.where(better, math.log(std), value)
-    bias[:, latent_dim:] = value[:, None]
-
-
-@torch.no_grad()
-def copy_encoder(replicas: Replicas, latent_dim: int) -> None:
-    """Start the inference network from the encoder: the same layers, the last one's L rows as the mean.
-
-    Raises:
-        InputError: the two architectures differ.
-    """
-    template: System = replicas.template
-    assert template.encoder is not None
-    source = [f"encoder.{n}" for n, _ in template.encoder.named_parameters()]
-    target = [f"inference.network.{n}" for n, _ in template.inference.network.named_parameters()]
-    mismatch = InputError(
-        "the encoder and the inference network must share their architecture up to the last layer's width; "
-        "leave encoder=None to use the mean of q"
-    )
-    if len(source) != len(target):
-        raise mismatch
-    for a, b in zip(source, target, strict=True):
-        new, old = replicas.parameters[a], replicas.parameters[b]
-        if new.shape == old.shape:
-            old.copy_(new)
-        elif new.shape[2:] == old.shape[2:] and new.shape[1] == latent_dim and old.shape[1] == 2 * latent_dim:
-            old[:, :latent_dim] = new
-        else:
-            raise mismatch

@@ -18,6 +18,7 @@ from libi_fast.models.networks import describe
 from libi_fast.ops.random import Stream, as_replicas, as_seed, philox_normal
 from libi_fast.training.optimise import Batches, Schedule, as_rows, optimise
 from libi_fast.training.replicas import Loss, Replicas, System, chosen, make_system
+from libi_fast.training.start import start_std, whiten_codes
 
 VALIDATION_SAMPLES = 16
 
@@ -25,7 +26,9 @@ VALIDATION_SAMPLES = 16
 class Run:
     """One call of ``fit``: replicas, data, random numbers and the bar, handed to the method's phases."""
 
-    def __init__(self, replicas: Replicas, batches: Batches, validation: Tensor, seed: Tensor, options: dict[str, Any], bar: tqdm):
+    def __init__(
+        self, replicas: Replicas, batches: Batches, validation: Tensor, seed: Tensor, options: dict[str, Any], bar: tqdm
+    ):
         self.replicas, self.batches, self.validation, self.seed, self.bar = replicas, batches, validation, seed, bar
         self.options = options
         self.restarts: int = options["restarts"]
@@ -78,31 +81,62 @@ class Run:
             replicas.restore(best)
         return scores
 
-    def validation_noise(self, latent_dim: int, dtype: torch.dtype) -> Tensor:
+    def validation_noise(self, latent_dim: int) -> Callable[[], Tensor]:
         """The same draws at every look, so that looks differ by the parameters alone."""
-        return self.noise(len(self.validation), VALIDATION_SAMPLES, latent_dim, 2**32 - 1, dtype)
+        return self.noise(len(self.validation), VALIDATION_SAMPLES, latent_dim, 2**32 - 1)
+
+    def fit_decoder(self, epochs: int) -> None:
+        """Train the generative model alone, on the codes as they are."""
+
+        def on_frozen_codes(x: Tensor, step: int) -> dict[str, Tensor]:
+            with torch.no_grad():
+                z = self.replicas.codes(x)
+            return {"reconstruction": -self.replicas.log_prob(x, z).mean(-1)}
+
+        self.phase("warm-up", epochs, self.replicas.group("model."), on_frozen_codes, decay=False)
+
+    @torch.no_grad()
+    def elbo_at_start(self) -> Tensor:
+        """-ELBO of the training rows as things stand, [R]."""
+        x, latent_dim = self.batches.rows, self.replicas.template.model.latent_dim
+        return torch.stack(list(elbo_terms(self.replicas, x, self.noise(len(x), 1, latent_dim, self.step)).values())).sum(0)
+
+    def start_whole(self, whiten: bool, warm_up: int, epochs: int) -> int:
+        """The start of methods that train both models at once; returns the epochs left."""
+        if whiten:
+            whiten_codes(self.replicas, "inference.", self.batches.rows)
+        warm_up = min(warm_up, epochs // 6)
+        if warm_up:
+            self.fit_decoder(warm_up)
+            start_std(self.replicas, self.elbo_at_start)
+        return epochs - warm_up
 
     def keep(self, index: Tensor) -> None:
         """Go on with the replicas of ``index`` alone; they keep their random numbers."""
         self.replicas.select(index)
         self.ids = self.ids[index]
 
-    def noise(self, rows: int, samples: int, latent_dim: int, repetition: int, dtype: torch.dtype) -> Tensor:
-        """Standard normal [R, rows, samples, L] for one step; independent between steps and replicas."""
-        draws = philox_normal(
-            self.seed, rows, samples * latent_dim, replicas=self.ids, repetition=repetition, stream=Stream.TRAINING, dtype=dtype
-        )
-        return draws.unflatten(-1, (samples, latent_dim))
+    def noise(self, rows: int, samples: int, latent_dim: int, repetition: int) -> Callable[[], Tensor]:
+        """Draws standard normal [R, rows, samples, L] for one step; independent between steps and replicas."""
+
+        def draw() -> Tensor:
+            draws = philox_normal(
+                self.seed, rows, samples * latent_dim, replicas=self.ids, repetition=repetition, stream=Stream.TRAINING,
+                dtype=self.replicas.dtype,
+            )  # fmt: skip
+            return draws.unflatten(-1, (samples, latent_dim))
+
+        return draw
 
 
 def elbo_terms(
-    replicas: Replicas, x: Tensor, noise: Tensor, beta: float | Tensor = 1.0
+    replicas: Replicas, x: Tensor, noise: Callable[[], Tensor], beta: float | Tensor = 1.0
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The terms of -ELBO, each [R]: reconstruction by draws, KL in closed form. x [B, D], noise [R, B, S, L]."""
+    """The terms of -ELBO, each [R]; x [B, D], noise() [R, B, S, L]. The KL term is in closed form, the reconstruction too
+    where the model is linear-Gaussian: at noise variances of 1e-6 draws alone keep a VAE from converging."""
     q = replicas.posterior(x)
-    z = q.mean[:, :, None] + q.log_std.exp()[:, :, None] * noise
-    log_prob = replicas.log_prob(x[:, None], z)
-    return {"reconstruction": -log_prob.mean((-2, -1)), "kl": beta * q.kl_from_prior().mean(-1)}
+    reconstruction = -replicas.expected_log_prob(x, q, noise).mean(-1)
+    return {"reconstruction": reconstruction, "kl": beta * q.kl_from_prior().mean(-1)}
 
 
 class Method:
@@ -178,7 +212,7 @@ class Method:
         self._check_inference(batches.rows[:2])
         self._check_batches(batches)
         replicas = Replicas(self._systems(restarts, int(key) % 2**31, not warm_start))
-        options = dict(learning_rate=learning_rate, tolerance=tolerance, patience=patience, restarts=restarts)
+        options = {"learning_rate": learning_rate, "tolerance": tolerance, "patience": patience, "restarts": restarts}
         with tqdm(total=epochs, desc=self.label, unit="epoch", disable=not progress, leave=True) as bar:
             run = Run(replicas, batches, held_out, key, options, bar)
             best, scores = self._train(run, epochs)
@@ -243,9 +277,7 @@ class Method:
         Args, Returns, Raises: as :func:`libi_fast.log_likelihood` with q(z|x) as the proposal.
         """
         rows = self._rows(x)
-        result = log_likelihood(
-            self.model, rows, self._posterior(rows), num_samples, variance_inflation, seed=seed, **options
-        )
+        result = log_likelihood(self.model, rows, self._posterior(rows), num_samples, variance_inflation, seed=seed, **options)
         shift = 0.0 if self.standardizer is None else self.standardizer.log_abs_det
         return result._replace(log_likelihood=result.log_likelihood - shift)
 

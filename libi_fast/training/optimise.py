@@ -113,6 +113,9 @@ def as_rows(data: Any, like: Tensor, name: str) -> Tensor:
 class Schedule:
     """Constant rate, then cosine decay over as many epochs: half the budget each, or less once the objective stands still.
 
+    The rate rises linearly over the first 2% of the budget: Adam's first steps have the size of the rate in every parameter,
+    which on a large network throws white codes far from covariance I.
+
     Converged: over the last ``patience`` epochs no live replica's mean objective fell by more than ``tolerance`` nats against
     the ``patience`` epochs before.
     """
@@ -121,12 +124,13 @@ class Schedule:
         self.epochs, self.rate, self.tolerance, self.patience = epochs, rate, tolerance, patience
         self.decay = decay
         self.decay_from = math.ceil(epochs / 2) if decay else epochs
+        self.ramp = max(1, epochs // 50)
         self.window: list[Tensor] = []
         self.before: Tensor | None = None
 
     def rate_at(self, epoch: int) -> float:
         if epoch < self.decay_from:
-            return self.rate
+            return self.rate * min(1.0, (epoch + 1) / self.ramp)
         return 0.5 * self.rate * (1 + math.cos(math.pi * (epoch - self.decay_from) / max(1, self.epochs - self.decay_from)))
 
     def record(self, epoch: int, objective: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from libi_fast.errors import InputError
+from libi_fast.models.linear_gaussian import is_linear_gaussian
 from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian
 from libi_fast.models.networks import fresh_copy
 
@@ -34,6 +36,15 @@ class System(nn.Module):
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         return self.model.log_prob(x, z)
+
+    def expected_log_prob(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        """E_q log p(x|z), [N], in closed form; for linear-Gaussian models alone."""
+        units = torch.eye(self.model.latent_dim, dtype=mean.dtype, device=mean.device)
+        columns = self.model.decode(units) - self.model.decode(torch.zeros_like(units))  # the rows are W's columns
+        variance = self.model.likelihood.variance
+        assert isinstance(variance, Tensor)
+        spread = (columns.square() / variance).sum(-1)
+        return self.model.log_prob(x, mean) - 0.5 * ((2 * log_std).exp() * spread).sum(-1)
 
 
 @contextlib.contextmanager
@@ -77,10 +88,11 @@ class Replicas:
             stacked = torch.stack([n[name].detach() for n in named]).clone()
             self.parameters[name] = stacked.requires_grad_(value.requires_grad)
         self.dtype = next(iter(self.parameters.values())).dtype
+        self._linear = is_linear_gaussian(self.template.model)
         self._mapped = True
 
     def __call__(self, what: str, *args: Tensor, shared: tuple[bool, ...] | None = None) -> Any:
-        """``System.what`` for all replicas; args carry a replica dimension unless ``shared`` says otherwise (default: all do)."""
+        """``System.what`` for all replicas; args carry a replica dimension unless ``shared`` says otherwise."""
         in_dims = tuple(None if s else 0 for s in shared or (False,) * len(args))
         return self.with_parameters(self.parameters, what, args, in_dims)
 
@@ -98,13 +110,14 @@ class Replicas:
             except (RuntimeError, NotImplementedError) as error:
                 # Some modules cannot be mapped (data-dependent control flow, in-place buffers): those run one by one.
                 # If the module itself is at fault, the loop below raises its error.
-                import warnings
-
                 self._mapped = False
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 warnings.warn(f"restarts run one after another: torch.vmap cannot map this module ({reason})", stacklevel=2)
         results = [
-            one({k: v[r] for k, v in parameters.items()}, *(a if d is None else a[r] for a, d in zip(args, in_dims, strict=True)))
+            one(
+                {k: v[r] for k, v in parameters.items()},
+                *(a if d is None else a[r] for a, d in zip(args, in_dims, strict=True)),
+            )
             for r in range(self.count)
         ]
         if isinstance(results[0], tuple):
@@ -122,6 +135,14 @@ class Replicas:
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         """x [N, D] (or [N, 1, D]), z [R, N, L] (or [R, N, S, L]) -> [R, N] (or [R, N, S])."""
         return self("log_prob", x, z, shared=(True, False))
+
+    def expected_log_prob(self, x: Tensor, q: MeanField, noise: Callable[[], Tensor]) -> Tensor:
+        """E_q log p(x|z) for x [N, D] and q [R, N, L] -> [R, N]: in closed form where the decoder is linear and the noise
+        Gaussian, else the mean over the draws z = mean + std * noise() of noise [R, N, S, L]."""
+        if self._linear:
+            return self("expected_log_prob", x, *q, shared=(True, False, False))
+        z = q.mean[:, :, None] + q.log_std.exp()[:, :, None] * noise()
+        return self.log_prob(x[:, None], z).mean(-1)
 
     def group(self, *prefixes: str) -> list[Tensor]:
         """The trainable tensors whose names start with one of the prefixes."""
@@ -146,9 +167,7 @@ class Replicas:
     def select(self, index: Tensor) -> None:
         """Keep the replicas of ``index`` [R'], in that order."""
         self.count = len(index)
-        self.parameters = {
-            k: v.detach()[index].clone().requires_grad_(v.requires_grad) for k, v in self.parameters.items()
-        }
+        self.parameters = {k: v.detach()[index].clone().requires_grad_(v.requires_grad) for k, v in self.parameters.items()}
 
     def drop_encoder(self) -> None:
         """From now on h is the mean of q."""

@@ -1,0 +1,31 @@
+"""``python -m benchmarks [what ...]``: measure, print, write benchmarks/results/<what>.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from benchmarks import accuracy, log_mean_exp, report
+
+WHAT = {
+    "log_mean_exp": log_mean_exp.run,
+    "linear_jtex": lambda: accuracy.linear("LinearJTEx"),
+    "gaussian": lambda: accuracy.linear("Gaussian"),
+    "digits": accuracy.digits,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("what", nargs="*", default=[], help=f"any of: {', '.join(WHAT)} (default: all)")
+    chosen = parser.parse_args().what or list(WHAT)
+    unknown = [w for w in chosen if w not in WHAT]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(WHAT)}")
+    for name in chosen:
+        results = WHAT[name]()
+        print(f"{name}\n{json.dumps(results, indent=1)}\n-> {report.write(name, results)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
