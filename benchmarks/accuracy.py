@@ -78,7 +78,7 @@ def digits(progress: bool = True) -> dict[str, Any]:
         model = lf.LatentVariableModel(lf.mlp(8, [64], 64, "tanh"), lf.DiagonalGaussian(torch.ones(64), learned=True), 8)
         fitted = method(model, lf.MeanFieldGaussian(lf.mlp(64, [64], 16, "relu")), **settings)
         start = time.perf_counter()
-        fitted.fit(data.train, data.validation, epochs=epochs, standardize=True, seed=0, progress=progress)
+        fitted.fit(data.train, data.validation, epochs=epochs, standardize=True, early_stopping=True, seed=0, progress=progress)
         r = fitted.log_likelihood(data.test)
         gain = r.log_likelihood.double() - exact
         results[label] = {

@@ -56,7 +56,6 @@ def _fit(options: argparse.Namespace) -> None:
     # float64: columns are centred before they are rounded to the model's dtype.
     dataset = data.load(options.data, options.data_seed, dtype=torch.float64, key=options.key, bounds=bounds)
     method = _new_method(options, data_dim=len(dataset.columns))
-    training = {name: getattr(options, name) for name in FIT_OPTIONS}
     method.fit(
         dataset.train,
         dataset.validation,
@@ -64,7 +63,8 @@ def _fit(options: argparse.Namespace) -> None:
         standardize=not (bernoulli or options.no_standardize),
         columns=dataset.columns,
         progress=not options.quiet,
-        **training,
+        early_stopping=not options.no_early_stopping,
+        **{name: getattr(options, name) for name in FIT_OPTIONS},
     )
     result = _log_likelihood(method, dataset.test, options)
     notes = {
@@ -73,7 +73,7 @@ def _fit(options: argparse.Namespace) -> None:
         "seed": options.data_seed,
         "test": _summary(result),
     }
-    runs.save(method, options.out, force=options.force, data=notes, training={**training, "seed": options.seed})
+    runs.save(method, options.out, force=options.force, data=notes)
     if not options.quiet:
         title = f"{type(method).__name__} on {dataset.name}: {len(dataset.test)} held-out rows"
         _print_likelihood(title, result, options, caption=f"run folder: {options.out}")
@@ -328,6 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--batch-size", type=_whole(1), help="rows a step (default: all)")
     training.add_argument("--learning-rate", type=float, default=0.01, help="Adam's (default 0.01)")
+    training.add_argument("--no-early-stopping", action="store_true", help="end each phase with its last step")
     training.add_argument("--tolerance", type=float, help="stop early once the objective falls by no more than this")
     training.add_argument("--seed", type=_whole(0), default=0, help="of the weights and the training (default 0)")
     training.add_argument("--hz-weight", type=float, help="libi: weight of the Henze-Zirkler penalty")
@@ -369,7 +370,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="LiBI beside a converged VAE on LinearJTEx, in under 3 minutes")
     demo.add_argument("--out", default="demo-run", metavar="FOLDER", help="(default demo-run)")
-    demo.add_argument("--seed", type=_whole(0), default=100, help="of the data (default 100)")
+    demo.add_argument("--seed", type=_whole(0), default=0, help="of the data (default 0)")
     demo.add_argument("--force", action="store_true", help="replace an earlier demo")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=_demo)

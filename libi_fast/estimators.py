@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from libi_fast.errors import InputError
-from libi_fast.models.likelihoods import DiagonalGaussian
+from libi_fast.models.likelihoods import Bernoulli, DiagonalGaussian, Gaussian
 from libi_fast.models.model import LatentVariableModel, MeanField
 from libi_fast.models.networks import recognise
 from libi_fast.ops import _library as lib
@@ -33,6 +33,9 @@ class LogLikelihood(NamedTuple):
     pareto_k: Tensor | None
 
 
+PARETO_VALUES = 2**19  # values held at once by the Pareto fit
+
+
 def tail_length(num_samples: int) -> int:
     """How many of the largest weights the Pareto fit takes: min(S/5, 3 sqrt S) (Vehtari et al. 2024)."""
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
@@ -50,27 +53,36 @@ def pareto_k(top: Tensor) -> Tensor:
     Source:
         Zhang & Stephens 2009 with the weak prior of Vehtari, Simpson, Gelman, Yao, Gabry 2024 (PSIS).
     """
+    flat = top.reshape(-1, top.shape[-1])
+    rows = max(1, PARETO_VALUES // (flat.shape[-1] * (31 + math.isqrt(flat.shape[-1]))))
+    shapes = [_pareto_k(block) for block in flat.split(rows)] if len(flat) else [flat.new_empty(0)]
+    return torch.cat(shapes).reshape(top.shape[:-1])
+
+
+def _pareto_k(top: Tensor) -> Tensor:
+    """top [n, M + 1] -> [n]; holds n x M x (30 + sqrt M) values at once."""
     scaled = (top.double() - top[..., :1].double()).exp()
-    threshold = scaled[..., -1:]
-    x = (scaled[..., :-1] - threshold).flip(-1)  # ascending
-    m = x.shape[-1]
-    if m < 5:
+    threshold = scaled[..., -1:].clamp_min(torch.finfo(scaled.dtype).tiny)
+    x = (scaled[..., :-1] - threshold).clamp_min(0).flip(-1)  # ascending; 0 for ties with the threshold and what underflows
+    most = x.shape[-1]
+    if most < 5:
         return torch.full(top.shape[:-1], math.inf, dtype=top.dtype, device=top.device)
-    grid = 30 + int(math.sqrt(m))
-    quartile = x[..., int(m / 4 + 0.5) - 1, None]
+    count = (x > 0).sum(-1, keepdim=True)  # the fit is to the weights above the threshold alone
+    m = count.to(x.dtype)
+    grid = 30 + m.sqrt().floor()
+    quartile = x.gather(-1, (most - count + (m / 4 + 0.5).long() - 1).clamp(0, most - 1))
     largest = x[..., -1:]
-    steps = torch.arange(1, grid + 1, dtype=x.dtype, device=x.device)
+    steps = torch.arange(1, 31 + math.isqrt(most), dtype=x.dtype, device=x.device)
     b = (1 - torch.sqrt(grid / (steps - 0.5))) / (3 * quartile) + 1 / largest
-    k = torch.log1p(-b[..., None] * x[..., None, :]).mean(-1)
+    k = torch.log1p(-b[..., None] * x[..., None, :]).sum(-1) / m
     profile = m * (torch.log(-b / k) - k - 1)
-    weights = torch.softmax(profile, -1)
+    weights = torch.softmax(torch.where(steps <= grid, profile, -math.inf), -1)
     # Weights too small to matter are dropped before the mean, as in the published estimator.
     weights = torch.where(weights >= 10 * torch.finfo(x.dtype).eps, weights, 0.0)
     b_mean = (b * weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
-    shape = torch.log1p(-b_mean * x).mean(-1)
+    shape = torch.log1p(-b_mean * x).sum(-1, keepdim=True) / m
     shape = (m * shape + 10 * 0.5) / (m + 10)
-    enough = (x > 0).sum(-1) > 4
-    return torch.where(enough, shape, math.inf).to(top.dtype)
+    return torch.where(count > 4, shape, math.inf)[..., 0].to(top.dtype)
 
 
 def as_mean_field(proposal: Any, x: Tensor, latent_dim: int) -> MeanField:
@@ -138,28 +150,33 @@ def log_likelihood(
         Paper Eq 48; Burda et al. 2016; gradients Roeder et al. 2017, Tucker et al. 2019.
     """
     lib.check_tensor("x", x, 1)
+    lib.check_index("num_samples", num_samples, random.INDEX_LIMIT)
     if precision not in op.PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(map(repr, op.PRECISIONS))}, got {precision!r}")
     if not (math.isfinite(variance_inflation) and variance_inflation > 0):
         raise InputError(f"variance_inflation must be positive and finite, got {variance_inflation}")
     if x.dtype != model.dtype:
         raise TypeError(f"x is {x.dtype} but the model is {model.dtype}; convert one of them")
-    x = x.reshape(x.shape[0], -1) if x.dim() > 1 else x[:, None]
+    x = x.flatten(1) if x.dim() > 1 else x[:, None]
     lib.check_finite("x", x)
     if not torch.compiler.is_compiling():
         model.check(x)
     mean, log_std = as_mean_field(proposal, x, model.latent_dim)
     if pareto is None:
         pareto = not (torch.is_grad_enabled() and _needs_gradient(model, x, mean, log_std))
-    tail = tail_length(num_samples) + 1 if pareto and num_samples >= 1 else 0
+    tail = tail_length(num_samples) + 1 if pareto and num_samples else 0
     settings = op.Settings(
         num_samples, gradient, min(tail, num_samples), first_row, 0, Stream.PROPOSAL,
         op.DEFAULT_CHUNK if chunk_size is None else chunk_size, lib.current_backend(backend),
     )  # fmt: skip
     op.check_settings(settings)
+    if first_row + x.shape[0] > random.INDEX_LIMIT or num_samples * model.latent_dim > 4 * random.INDEX_LIMIT:
+        raise InputError("a row index past 2^32 or num_samples * latent_dim past 2^34 does not fit the random numbers' counter")
     key = random.as_seed(seed, x.device)
     log_scale = log_std + 0.5 * math.log(variance_inflation)
-    recognised = recognise(model.decoder, model.likelihood.name)
+    # A subclass may have its own log_prob, so only the likelihoods that the kernels know are fused.
+    known = type(model.likelihood) in (Gaussian, DiagonalGaussian, Bernoulli)
+    recognised = recognise(model.decoder, model.likelihood.name) if known else None
     replicas = random.as_replicas(None, x.device)
     if recognised is not None:
         layers, parameters = recognised

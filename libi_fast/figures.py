@@ -80,7 +80,8 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         history: ``Method.history``: records of a phase, an epoch and terms [restarts]; one names the restart.
     """
-    selection = next((r for r in reversed(history) if r.get("restart") is not None), {"restart": 0, "objective": [0]})
+    none: Mapping[str, Any] = {"restart": 0, "objective": [0]}
+    selection = next((r for r in reversed(history) if r.get("restart") is not None), none)
     phases: dict[str, list[list[Mapping[str, Any]]]] = {}  # name, repeats, records
     for record in history:
         if record.get("epoch") is None:
@@ -107,12 +108,12 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
                 axis.plot(epochs, objectives[chosen], color=colour, linewidth=1.4)
                 if records[0].get("validation") is not None:
                     held_out = [_number(r["validation"][chosen]) for r in records]
+                    settled += [v for v in held_out[len(held_out) // 5 :] if math.isfinite(v)]
                     axis.plot(epochs, held_out, color=colour, linewidth=1.4, linestyle="--")
         if settled:  # the first epochs' heights would flatten the rest
             margin = 0.05 * (max(settled) - min(settled)) or 1.0
             axis.set_ylim(min(settled) - margin, max(settled) + margin)
-        axis.set(title=f"{name} (dashed: held out)" if "validation" in repeats[0][0] else name, xlabel="epoch")
-        axis.set_ylabel("objective (nats)")
+        axis.set(title=name, xlabel="epoch", ylabel="objective (nats)")
         axis.grid(alpha=0.3)
     return figure
 

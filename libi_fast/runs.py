@@ -43,7 +43,6 @@ def save(
     force: bool = False,
     *,
     data: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a fitted method to a run folder.
 
@@ -52,8 +51,7 @@ def save(
         folder: where to; missing parents are made.
         force: replace a run folder that is there. Files in it that are not ours are kept; a folder that is not a
             run folder is never touched.
-        data, training: notes on the data (name, rows, seed of the split) and on the call of ``fit``, kept in
-            config.json as they are.
+        data: notes on the data (name, rows, seed of the split), kept in config.json as they are.
 
     Returns:
         The folder.
@@ -68,7 +66,7 @@ def save(
             "libi_fast": _package_version(),
             "torch": torch.__version__,
             "data": dict(data or {}),
-            "training": dict(training or {}),
+            "training": method.training,
             "method": method.config(),
         }
         (temporary / CONFIG).write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")

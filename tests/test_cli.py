@@ -132,10 +132,7 @@ def test_named_sets_and_options(tmp_path, capsys):
     assert config["data"]["rows"] == {"train": 1079, "validation": 359, "test": 359}
     assert config["training"]["batch_size"] == 500
     assert main(["evaluate", folder, "digits", "--num-samples", "10"]) == 0
-    assert (
-        main(["fit", "linearjtex", "--hidden", "", "--noise-variance", "0.1", "--out", str(tmp_path / "l"), *FAST[:2]])
-        == 0
-    )
+    assert main(["fit", "linearjtex", "--hidden", "", "--noise-variance", "0.1", "--out", str(tmp_path / "l"), *FAST[:2]]) == 0
     assert runs.read_config(tmp_path / "l")["method"]["model"]["likelihood"]["variance"] == [pytest.approx(0.1)]
 
 
@@ -284,9 +281,7 @@ def test_bad_files(tmp_path, capsys, case):
     path = tmp_path / "bad.csv"
     if text is not None:
         path.write_text(text)
-    refused(
-        capsys, ["fit", path, "--out", tmp_path / "run", *FAST], message, "bad.csv" if "constant" not in case else ""
-    )
+    refused(capsys, ["fit", path, "--out", tmp_path / "run", *FAST], message, "bad.csv" if "constant" not in case else "")
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError):
         dataset = data.load(path)
@@ -376,9 +371,7 @@ def test_bernoulli_data_outside_the_unit_interval(tmp_path, capsys):
 
 
 def test_unknown_names_list_the_known_ones(tmp_path, capsys):
-    refused(
-        capsys, ["fit", "mnist", "--out", tmp_path / "r"], "'mnist'", "LinearJTEx, Gaussian, digits, wine", ".parquet"
-    )
+    refused(capsys, ["fit", "mnist", "--out", tmp_path / "r"], "'mnist'", "LinearJTEx, Gaussian, digits, wine", ".parquet")
     refused(capsys, ["fit", "wine", "--out", tmp_path / "r", "--activation", "swoosh"], "'swoosh'", "tanh")
     refused(capsys, ["fit", "wine", "--out", tmp_path / "r", "--method", "gan"], "'gan'")
 

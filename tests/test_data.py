@@ -22,9 +22,7 @@ def test_entropy_bound_is_the_papers_ceiling(make, bound):
     truth = make(train=1, validation=1, test=1).truth
     assert truth.entropy_bound() == pytest.approx(bound, abs=5e-5)
     d = len(truth.weight)
-    assert truth.entropy_bound() == pytest.approx(
-        -multivariate_normal(np.zeros(d), truth.covariance).entropy(), abs=1e-9
-    )
+    assert truth.entropy_bound() == pytest.approx(-multivariate_normal(np.zeros(d), truth.covariance).entropy(), abs=1e-9)
 
 
 @pytest.mark.parametrize("make", LINEAR_GAUSSIAN)
@@ -141,9 +139,7 @@ def test_load_knows_names_and_files(tmp_path):
     assert sorted(torch.cat([d.train, d.validation, d.test])[:, 0].tolist()) == list(range(10))
 
 
-@pytest.mark.parametrize(
-    ("source", "message"), [("nope", "LinearJTEx, Gaussian, digits, wine"), ("no/f.csv", "not found")]
-)
+@pytest.mark.parametrize(("source", "message"), [("nope", "LinearJTEx, Gaussian, digits, wine"), ("no/f.csv", "not found")])
 def test_load_refuses_unknown_names_and_missing_files(source, message):
     with pytest.raises(InputError, match=message):
         data.load(source)
@@ -277,10 +273,9 @@ def test_npz_needs_a_key_where_it_is_ambiguous(tmp_path):
     with pytest.raises(InputError, match="no array named 'c'; it holds: a, b"):
         data.load_table(path, key="c")
     assert data.load_table(path, key="b").values.sum() == 4
+    (tmp_path / "t.csv").write_text("1,2\n3,4\n")
     with pytest.raises(InputError, match="a key chooses"):
-        data.load_table(tmp_path / ".." / tmp_path.name / "t.csv", key="b") if (tmp_path / "t.csv").write_text(
-            "1"
-        ) else None
+        data.load_table(tmp_path / "t.csv", key="b")
 
 
 def test_bad_parquet(tmp_path):

@@ -114,7 +114,9 @@ def autograd_gradients(
     return value.detach(), [to_x, *to_q, *to_parameters]
 
 
-def gradients(model: lf.LatentVariableModel, x: Tensor, mean: Tensor, log_std: Tensor, **options: Any) -> tuple[Any, list[Tensor]]:
+def gradients(
+    model: lf.LatentVariableModel, x: Tensor, mean: Tensor, log_std: Tensor, **options: Any
+) -> tuple[Any, list[Tensor]]:
     x, mean, log_std = (t.detach().clone().requires_grad_() for t in (x, mean, log_std))
     found = lf.log_likelihood(model, x, (mean, log_std), **options)
     return found, list(torch.autograd.grad(found.log_likelihood.sum(), [x, mean, log_std, *model.parameters()]))
@@ -156,7 +158,7 @@ def test_errors_are_as_small_as_reported(fitted: tuple[lf.LatentVariableModel, T
     about 150 rows of one seed have a binomial noise of 1.7%, so seeds are pooled until half a per cent can be told."""
     model, x, exact = fitted
     proposal = lf.closest_mean_field(model, x)
-    seeds = range(24 if x.shape[1] == 13 else 12)
+    seeds = range(24 if x.shape[1] == 13 else 10)
     with torch.no_grad():
         found = [lf.log_likelihood(model, x, proposal, 5000, 2.0, seed=s, pareto=False) for s in seeds]
     error = torch.cat([f.log_likelihood - exact for f in found])
@@ -206,15 +208,15 @@ def test_the_exact_posterior_leaves_no_gradient_of_the_proposal(
 
 def assert_same_as_autograd(model: lf.LatentVariableModel, kind: str, inflation: float, samples: int = 70) -> None:
     x, mean, log_std = inputs()
-    options: dict[str, Any] = dict(num_samples=samples, variance_inflation=inflation, gradient=kind, seed=9)
+    options: dict[str, Any] = {"num_samples": samples, "variance_inflation": inflation, "gradient": kind, "seed": 9}
     value, expected = autograd_gradients(model, x, mean, log_std, samples, 9, inflation, kind)
     fused, from_fused = gradients(model, x, mean, log_std, **options)
     streamed, from_streamed = gradients(opaque(model), x, mean, log_std, **options)
-    tight: dict[str, Any] = dict(rtol=1e-12, atol=1e-12)
+    tight: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(fused.log_likelihood.detach(), value, **tight)
     for a, b in zip(fused, streamed, strict=True):
         if a is not None:
-            torch.testing.assert_close(a, b, **tight)
+            torch.testing.assert_close(a, b, equal_nan=samples == 1, **tight)  # one draw has no standard error
     assert len(from_fused) == len(from_streamed) == len(expected)
     for a, b, c in zip(from_fused, from_streamed, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-11)
@@ -324,7 +326,7 @@ def row_gradients(samples: int, kind: str, seed: int, rows: int = 20_000) -> Ten
     torch.manual_seed(5)
     model = small_model("gaussian")
     x, mean, log_std = (t.expand(rows, -1) for t in inputs(1))
-    options: dict[str, Any] = dict(num_samples=samples, gradient=kind, seed=seed, variance_inflation=1.5)
+    options: dict[str, Any] = {"num_samples": samples, "gradient": kind, "seed": seed, "variance_inflation": 1.5}
     _, (_, to_mean, to_log_std, *_) = gradients(model, x, mean, log_std, **options)
     return torch.cat((to_mean, to_log_std), -1)
 
@@ -359,7 +361,7 @@ def test_sticking_the_landing_is_biased_for_several_samples() -> None:
 def test_chunk_size_moves_no_bit_of_a_recognised_decoder(likelihood: str) -> None:
     model = small_model(likelihood)
     x, mean, log_std = inputs(9)
-    base: dict[str, Any] = dict(num_samples=333, seed=4, pareto=True, gradient="doubly-reparameterized")
+    base: dict[str, Any] = {"num_samples": 333, "seed": 4, "pareto": True, "gradient": "doubly-reparameterized"}
     expected = gradients(model, x, mean, log_std, **base)
     for chunk in (1, 63, 64, 65, 128, 1000):
         found = gradients(model, x, mean, log_std, chunk_size=chunk, **base)
@@ -377,7 +379,7 @@ def test_chunk_size_moves_no_bit_of_a_recognised_decoder(likelihood: str) -> Non
 def test_chunk_size_in_float32() -> None:
     model = small_model("gaussian").float()
     x, mean, log_std = (t.float() for t in inputs(9))
-    base: dict[str, Any] = dict(num_samples=333, seed=4)
+    base: dict[str, Any] = {"num_samples": 333, "seed": 4}
     expected = lf.log_likelihood(model, x, (mean, log_std), **base)
     for chunk in (1, 63, 1000):
         found = lf.log_likelihood(model, x, (mean, log_std), chunk_size=chunk, **base)
@@ -558,7 +560,6 @@ def test_memory_of_100_samples(arbitrary: bool) -> None:
     assert memory(100, arbitrary=arbitrary) < 50
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arbitrary", [False, True], ids=["recognised", "arbitrary"])
 def test_memory_of_50_000_samples(arbitrary: bool) -> None:
     assert memory(50_000, arbitrary=arbitrary) < 50
@@ -569,7 +570,6 @@ def test_memory_of_backward(arbitrary: bool) -> None:
     assert memory(2000, backward=True, arbitrary=arbitrary) < 100
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arbitrary", [False, True], ids=["recognised", "arbitrary"])
 def test_memory_of_backward_of_20_000_samples(arbitrary: bool) -> None:
     assert memory(20_000, backward=True, arbitrary=arbitrary) < 100
@@ -817,7 +817,9 @@ def test_forms_of_the_proposal() -> None:
     q = lf.MeanFieldGaussian(Opaque(nn.Identity()))
     q.network.forward = lambda data: torch.cat((mean, log_std), 1)  # type: ignore[method-assign]
     for form in (normal, torch.distributions.Independent(normal, 1), q(x)):
-        torch.testing.assert_close(lf.log_likelihood(model, x, form, 20, seed=1).log_likelihood, expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(
+            lf.log_likelihood(model, x, form, 20, seed=1).log_likelihood, expected, rtol=1e-13, atol=1e-13
+        )
     prior = lf.log_likelihood(model, x, None, 20, seed=1).log_likelihood
     zeros = torch.zeros_like(mean)
     torch.testing.assert_close(prior, lf.log_likelihood(model, x, (zeros, zeros), 20, seed=1).log_likelihood, rtol=0, atol=0)
@@ -850,6 +852,40 @@ def test_frozen_parts_get_no_gradient() -> None:
         lf.log_likelihood(twin, x, (mean, log_std), 20, seed=1).log_likelihood.sum().backward()
         assert model.decoder[0].weight.grad is None
         assert model.decoder[2].weight.grad is not None
+
+
+def test_a_likelihood_of_ones_own_is_not_mistaken_for_another() -> None:
+    class Laplace(lf.Likelihood):
+        name = "laplace"
+
+        def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+            return torch.distributions.Laplace(output, 0.5).log_prob(x).sum(-1)
+
+    class StudentT(lf.DiagonalGaussian):  # keeps the name "gaussian"
+        def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+            return torch.distributions.StudentT(4.0, output, self.variance.sqrt()).log_prob(x).sum(-1)
+
+    x, mean, log_std = inputs()
+    for likelihood in (Laplace(), StudentT(0.3)):
+        model = lf.LatentVariableModel(lf.mlp(2, [4], 3), likelihood, 2).double()
+        found = lf.log_likelihood(model, x, (mean, log_std), 40, seed=2).log_likelihood
+        noise = lf.philox_normal(2, 5, 80, dtype=F64).reshape(5, 40, 2)
+        z = mean[:, None] + log_std.exp()[:, None] * noise
+        normal = torch.distributions.Normal(mean[:, None], log_std.exp()[:, None])
+        prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+        log_weights = likelihood.log_prob(x[:, None], model.decoder(z)) + prior - normal.log_prob(z).sum(-1)
+        torch.testing.assert_close(found, torch.logsumexp(log_weights, -1) - math.log(40), rtol=1e-11, atol=1e-11)
+
+
+def test_the_noise_variance_takes_the_decoder_s_precision() -> None:
+    """Models are built from float32 numbers and float64 decoders, and the reverse."""
+    x, mean, log_std = inputs()
+    for likelihood in (lf.Gaussian(0.5), lf.DiagonalGaussian(torch.full((3,), 0.5, dtype=F64))):
+        for dtype in (torch.float32, F64):
+            model = lf.LatentVariableModel(nn.Linear(2, 3, dtype=dtype), likelihood, 2)
+            assert model.likelihood.variance.dtype == dtype
+            found = lf.log_likelihood(model, x.to(dtype), (mean.to(dtype), log_std.to(dtype)), 5, seed=1)
+            assert found.log_likelihood.dtype == dtype
 
 
 def test_dropout_is_the_same_forward_and_backward() -> None:
@@ -914,7 +950,11 @@ GOOD = {"num_samples": 5, "seed": 0}
         (TypeError, "proposal must be q", {"proposal": torch.distributions.Beta(torch.ones(4, 2), torch.ones(4, 2))}),
         (TypeError, "proposal mean must be a torch.Tensor", {"proposal": (1.0, 2.0)}),
         (TypeError, "proposal mean is torch.float32 but x", {"proposal": (torch.ones(4, 2), torch.ones(4, 2))}),
-        (lf.InputError, r"proposal mean must have shape \(4, 2\), got \(3, 2\)", {"proposal": (torch.ones(3, 2, dtype=F64),) * 2}),
+        (
+            lf.InputError,
+            r"proposal mean must have shape \(4, 2\), got \(3, 2\)",
+            {"proposal": (torch.ones(3, 2, dtype=F64),) * 2},
+        ),
         (lf.InputError, r"proposal log_std must have shape \(4, 2\), got \(4, 1\)",
          {"proposal": (torch.ones(4, 2, dtype=F64), torch.ones(4, 1, dtype=F64))}),
     ],
@@ -933,14 +973,16 @@ def test_bad_data_are_named(value: float) -> None:
         lf.log_likelihood(small_model(), x, **GOOD)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("wrap", [lambda m: m, opaque], ids=["recognised", "arbitrary"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_bad_proposal_is_named(which: int, value: float) -> None:
-    proposal = [torch.zeros(4, 2, dtype=F64), torch.zeros(4, 2, dtype=F64)]
-    proposal[which][3, 1] = value
-    name = ("proposal mean", "proposal log_std")[which]
-    with pytest.raises(lf.InputError, match=f"{name} holds {value} at row 3, column 1"):
-        lf.log_likelihood(small_model(), torch.ones(4, 3, dtype=F64), tuple(proposal), **GOOD)
+def test_a_row_of_a_nan_proposal_stays_alone(which: int, wrap: Any) -> None:
+    """Values of a proposal are not looked at (training watches its own loss), but NaN must neither vanish nor spread."""
+    x, *proposal = inputs()
+    proposal[which][3, 1] = math.nan
+    found, (to_x, to_mean, to_log_std, *_) = gradients(wrap(small_model()), x, *proposal, **GOOD)
+    for part in (found.log_likelihood, found.effective_sample_size, to_x, to_mean, to_log_std):
+        assert bool(part[3].isnan().any())
+        assert bool(torch.isfinite(part[[0, 1, 2, 4]]).all())
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])

@@ -46,7 +46,8 @@ def test_known_answers_of_random123(seed: int, counter: tuple[int, ...], expecte
 @both_types
 @pytest.mark.parametrize("seed", [0, 2**64 - 1, 0x123456789ABCDEF])
 def test_reference_and_compiled_library_agree(seed: int, dtype: torch.dtype) -> None:
-    common = dict(replicas=torch.tensor([0, 2**24 - 1]), first_row=2**31, first_draw=6, repetition=3, stream=7, dtype=dtype)
+    common = {"replicas": torch.tensor([0, 2**24 - 1]), "first_row": 2**31, "first_draw": 6, "repetition": 3, "stream": 7}
+    common["dtype"] = dtype
     expected, found = (lf.philox_uniform(seed, 50, 1001, backend=b, **common) for b in ("reference", "cpu"))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     expected, found = (lf.philox_normal(seed, 50, 1001, backend=b, **common).numpy() for b in ("reference", "cpu"))
@@ -59,7 +60,7 @@ def test_reference_and_compiled_library_agree(seed: int, dtype: torch.dtype) -> 
 @both_kinds
 @both_types
 def test_any_part_equals_the_part_of_the_whole(draw: Callable[..., Tensor], dtype: torch.dtype, backend: str) -> None:
-    common = dict(repetition=2, stream=1, dtype=dtype, backend=backend)
+    common = {"repetition": 2, "stream": 1, "dtype": dtype, "backend": backend}
     whole = draw(11, 9, 30, replicas=3, **common)
     assert whole.shape == (3, 9, 30)
     parts = [(0, 1, 0, 1), (3, 4, 1, 7), (8, 1, 29, 1), (0, 9, 3, 2), (2, 5, 4, 8), (5, 2, 13, 17), (1, 0, 2, 3), (0, 2, 9, 0)]

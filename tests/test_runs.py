@@ -19,9 +19,7 @@ def fitted(kind: str = "vae", standardize: bool = True, epochs: int = 18) -> lf.
     d = data.LinearJTEx(seed=1, train=40, validation=20, test=1)
     model = lf.LatentVariableModel(lf.mlp(2, [3], 2), lf.DiagonalGaussian(torch.ones(2), learned=True), 2)
     method = METHODS[kind](model, inference=lf.MeanFieldGaussian(lf.mlp(2, [3], 4)))
-    return method.fit(
-        d.train, d.validation, epochs=epochs, seed=3, standardize=standardize, columns=["a", "b"], progress=False
-    )
+    return method.fit(d.train, d.validation, epochs=epochs, seed=3, standardize=standardize, columns=["a", "b"], progress=False)
 
 
 def contents(folder):
@@ -32,7 +30,7 @@ def contents(folder):
 @pytest.mark.parametrize("standardize", [True, False])
 def test_round_trip_is_bit_identical(tmp_path, kind, standardize):
     method = fitted(kind, standardize)
-    runs.save(method, tmp_path / "deep" / "run", data={"name": "here"}, training={"epochs": 6})
+    runs.save(method, tmp_path / "deep" / "run", data={"name": "here"})
     again = runs.load(tmp_path / "deep" / "run")
     x = data.LinearJTEx(seed=2, test=9).test
     for name in ("log_likelihood", "standard_error", "pareto_k"):
@@ -256,9 +254,7 @@ def test_weights_that_are_missing_unexpected_or_not_finite(tmp_path, saved):
             runs.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"), [(lambda p: None, "not found"), (lambda p: p.write_text("x"), "but a file")]
-)
+@pytest.mark.parametrize(("make", "message"), [(lambda p: None, "not found"), (lambda p: p.write_text("x"), "but a file")])
 def test_not_a_folder(tmp_path, make, message):
     make(tmp_path / "run")
     with pytest.raises(InputError, match=message):

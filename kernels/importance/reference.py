@@ -53,7 +53,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     "silu": (F.silu, _silu_slope),
     "gelu": (F.gelu, _gelu_slope),
     "cube": (lambda a: a * a * a, lambda a, h: 3 * a * a),
-    "leaky_relu": (F.leaky_relu, lambda a, h: torch.where(a > 0, 1.0, 0.01).to(a.dtype)),
+    "leaky_relu": (F.leaky_relu, lambda a, h: torch.where(a > 0, torch.ones_like(a), 0.01)),
     "elu": (F.elu, lambda a, h: torch.where(a > 0, torch.ones_like(a), h + 1)),
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from libi_fast.errors import InputError
 from libi_fast.kernels.importance import reference
+from libi_fast.ops import _library as lib
 
 
 class Likelihood(nn.Module):
@@ -127,6 +128,8 @@ class Bernoulli(Likelihood):
 
     def check(self, x: Tensor, output_dim: int | None = None) -> None:
         super().check(x, output_dim)
+        if not lib.values_known(x):
+            return
         outside = ~((x >= 0) & (x <= 1))
         if bool(outside.any()):
             row, column = outside.nonzero()[0].tolist()

@@ -46,6 +46,7 @@ class LatentVariableModel(nn.Module):
         if latent_dim < 1:
             raise InputError(f"latent_dim must be at least 1, got {latent_dim}")
         self.decoder, self.likelihood, self.latent_dim = decoder, likelihood, latent_dim
+        likelihood.to(self.dtype)  # a variance in another precision would change that of the log-weights
 
     @property
     def dtype(self) -> torch.dtype:

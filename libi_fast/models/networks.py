@@ -96,11 +96,17 @@ def _activation_name(module: nn.Module) -> str | None:
     return None
 
 
+def _flatten(module: nn.Module) -> list[nn.Module]:
+    """Parts of nested Sequentials in order; one that is used twice comes twice (``modules()`` would give it once)."""
+    return [part for child in module for part in _flatten(child)] if type(module) is nn.Sequential else [module]
+
+
 def chain(module: nn.Module) -> list[tuple[nn.Linear | JTExMap, str]] | None:
     """(linear map, activation) pairs of a Sequential of linear maps and elementwise activations, or None for any other."""
-    flat = [m for m in module.modules() if type(m) is not nn.Sequential] if isinstance(module, nn.Sequential) else [module]
+    if _hooked(module):
+        return None
     pairs: list[tuple[nn.Linear | JTExMap, str]] = []
-    for part in flat:
+    for part in _flatten(module):
         if type(part) is nn.Linear or type(part) is JTExMap:
             pairs.append((part, "identity"))
             continue
@@ -117,7 +123,7 @@ def chain(module: nn.Module) -> list[tuple[nn.Linear | JTExMap, str]] | None:
 def recognise(module: nn.Module, likelihood: str) -> tuple[Layers, list[Tensor]] | None:
     """What ``torch.ops.libi_fast.importance`` needs of a decoder, tensors with a replica dimension of 1 in front."""
     pairs = chain(module)
-    if pairs is None or _hooked(module):
+    if pairs is None:
         return None
     tensors: list[Tensor] = []
     has_bias = []
@@ -135,33 +141,41 @@ def _hooked(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def describe(module: nn.Module) -> list[dict[str, Any]] | None:
-    """A JSON-able account from which :func:`build` makes the same architecture; None where that is not possible."""
-    if isinstance(module, nn.Sequential):
+Description = dict[str, Any] | list["Description"]
+
+
+def describe(module: nn.Module) -> Description | None:
+    """A JSON-able account from which :func:`build` makes the same architecture, its tensors under the same names: a list for
+    a Sequential, a dictionary for a layer. None where that is not possible."""
+    if _hooked(module):
+        return None
+    if type(module) is nn.Sequential:
         parts = [describe(m) for m in module]
-        return None if any(p is None for p in parts) else [d for p in parts for d in p]  # type: ignore[union-attr]
+        return None if any(p is None for p in parts) else [p for p in parts if p is not None]
     if type(module) is nn.Linear:
-        return [{"layer": "linear", "in": module.in_features, "out": module.out_features, "bias": module.bias is not None}]
+        return {"layer": "linear", "in": module.in_features, "out": module.out_features, "bias": module.bias is not None}
     if type(module) is JTExMap:
-        return [{"layer": "jtex", "b": module.b.double().tolist()}]
+        return {"layer": "jtex", "b": module.b.double().tolist()}
     name = _activation_name(module)
-    return None if name is None else [{"layer": name}]
+    return None if name is None else {"layer": name}
 
 
-def build(description: list[dict[str, Any]]) -> nn.Module:
-    """The inverse of :func:`describe`, with fresh weights."""
-    layers: list[nn.Module] = []
-    for entry in description:
-        kind = entry["layer"]
-        if kind == "linear":
-            layers.append(nn.Linear(entry["in"], entry["out"], bias=entry["bias"]))
-        elif kind == "jtex":
-            layers.append(JTExMap(entry["b"]))
-        elif kind in ACTIVATIONS:
-            layers.append(ACTIVATIONS[kind]())
-        else:
-            raise InputError(f"unknown layer {kind!r}")
-    return nn.Sequential(*layers)
+def build(description: Description) -> nn.Module:
+    """The inverse of :func:`describe`, with fresh weights.
+
+    Raises:
+        InputError: a layer that is not known.
+    """
+    if isinstance(description, list):
+        return nn.Sequential(*(build(part) for part in description))
+    kind = description["layer"]
+    if kind == "linear":
+        return nn.Linear(description["in"], description["out"], bias=description["bias"])
+    if kind == "jtex":
+        return JTExMap(description["b"])
+    if kind in ACTIVATIONS:
+        return ACTIVATIONS[kind]()
+    raise InputError(f"unknown layer {kind!r}")
 
 
 def fresh_copy(module: nn.Module) -> nn.Module:

@@ -8,8 +8,9 @@ Two paths with the same draws and the same formulas (kernels/importance/referenc
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -217,11 +218,32 @@ LogProb = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
 """(parameters, x [R, n, D], z [R, n, s, L]) -> log p(x | z) [R, n, s]"""
 
 
+class _Generators(NamedTuple):
+    """Torch's generators before the forward pass: backward evaluates the decoder again, and dropout must drop the same."""
+
+    devices: list[torch.device]
+    states: list[Tensor]
+
+    @staticmethod
+    def now(device: torch.device) -> _Generators:
+        devices = [device] if device.type == "cuda" else []
+        return _Generators(devices, [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)])
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.devices, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
 class _Stream(NamedTuple):
     log_prob: LogProb
     settings: Settings
     row_step: int
     sample_step: int
+    generators: _Generators
 
     def tiles(self, mean: Tensor, log_scale: Tensor, draws: Draws):
         """Yield (rows, z, noise, log_scale of the rows) in the order the sums are merged."""
@@ -261,6 +283,11 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     @lib.once_differentiable("log_likelihood")
     def backward(ctx: Any, grad: Tensor, *ignored: Any):
+        with ctx.stream.generators.replayed():
+            return _Streamed.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         log_likelihood, x, mean, log_scale, seed, replicas, *parameters = ctx.saved_tensors
         stream, settings = ctx.stream, ctx.stream.settings
         wanted = [i for i, p in enumerate(parameters) if ctx.needs_input_grad[6 + i]]
@@ -333,7 +360,7 @@ def importance_streamed(
     budget = max(1, reference.TILE_VALUES // (widest * mean.shape[0]))
     row_step = max(1, min(mean.shape[1], budget))
     sample_step = min(settings.num_samples, chunk_size or max(1, budget // row_step))
-    stream = _Stream(log_prob, settings, row_step, sample_step)
+    stream = _Stream(log_prob, settings, row_step, sample_step, _Generators.now(mean.device))
     return Estimate(*_Streamed.apply(x, mean, log_scale, seed, replicas, stream, *parameters))
 
 

@@ -37,7 +37,7 @@ def from_config(
     def module(described: Any, given: torch.nn.Module | None, what: str) -> torch.nn.Module:
         if given is not None:
             return given
-        if isinstance(described, dict):
+        if "custom" in described:
             raise InputError(f"the {what} was a module of your own ({described['custom']}): pass it as {what}=")
         return build(described).to(dtype)
 

@@ -69,6 +69,11 @@ class LiBI(Method):
             candidates=candidates, initial_std=initial_std,
         )  # fmt: skip
 
+    def _check_epochs(self, epochs: int) -> None:
+        repeats = self.settings["repeats"]
+        if epochs < 3 * repeats:
+            raise InputError(f"{repeats} repeats of two steps need at least {3 * repeats} epochs, got {epochs}")
+
     def _check_batches(self, batches: Batches) -> None:
         # Below twice the codes' size the whitened points are all but determined by the whitening.
         least = 2 * self.model.latent_dim + 2
@@ -147,8 +152,6 @@ class LiBI(Method):
 
     def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
         replicas, repeats = run.replicas, self.settings["repeats"]
-        if epochs < 3 * repeats:
-            raise InputError(f"{repeats} repeats of two steps need at least {3 * repeats} epochs, got {epochs}")
         best: dict[str, Tensor] = {}
         scores = torch.empty(0)
         for repeat in range(repeats):

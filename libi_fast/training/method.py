@@ -42,22 +42,26 @@ class Run:
     ) -> Tensor:  # fmt: skip
         """Minimise ``loss`` over ``parameters`` for at most ``epochs`` epochs.
 
-        With ``validate`` (terms on held-out rows) each replica ends where its held-out objective, looked at some 50 times, was
-        lowest. Returns that objective, [R].
+        ``validate`` gives the terms on held-out rows. Returns their sum as the phase ends, [R]; with early stopping each
+        replica ends where that sum, looked at some 50 times, was lowest.
         """
         o, replicas = self.options, self.replicas
-        best = replicas.snapshot()
-        scores = torch.full((replicas.count,), math.inf, dtype=replicas.dtype)
+        stop_early = o["early_stopping"] and validate is not None
+        best, scores = replicas.snapshot(), torch.full((replicas.count,), math.inf, dtype=replicas.dtype)
 
-        def look() -> dict[str, Any]:
+        @torch.no_grad()
+        def held_out() -> Tensor:
+            assert validate is not None
+            return torch.stack(list(validate().values())).sum(0)
+
+        def record(entry: dict[str, Any]) -> None:
             nonlocal best, scores
-            if validate is None:
-                return {}
-            with torch.no_grad():
-                value = torch.stack(list(validate().values())).sum(0)
-            better = value < scores
-            best, scores = chosen(better, replicas.snapshot(), best), torch.where(better, value, scores)
-            return {"validation": value.tolist()}
+            if stop_early:
+                value = held_out()
+                better = value < scores
+                best, scores = chosen(better, replicas.snapshot(), best), torch.where(better, value, scores)
+                entry["validation"] = value.tolist()
+            self.history.append(entry)
 
         if epochs >= 1 and parameters:
             schedule = Schedule(epochs, o["learning_rate"], o["tolerance"], o["patience"], decay)
@@ -70,20 +74,11 @@ class Run:
                 if not math.isnan(objective):
                     self.bar.set_postfix_str(f"{name} {objective:.4g}", refresh=False)
 
-            self.step = optimise(
-                parameters, loss, self.batches, schedule, name, self.step,
-                lambda record: self.history.append({**record, **look()}), tick,
-            )  # fmt: skip
+            self.step = optimise(parameters, loss, self.batches, schedule, name, self.step, record, tick)
             self.bar.update(epochs - done)  # converged early: the bar jumps
-        else:
-            look()
-        if validate is not None:
-            replicas.restore(best)
-        return scores
-
-    def validation_noise(self, latent_dim: int) -> Callable[[], Tensor]:
-        """The same draws at every look, so that looks differ by the parameters alone."""
-        return self.noise(len(self.validation), VALIDATION_SAMPLES, latent_dim, 2**32 - 1)
+            if stop_early:
+                replicas.restore(best)
+        return scores if validate is None else held_out()
 
     def fit_decoder(self, epochs: int) -> None:
         """Train the generative model alone, on the codes as they are."""
@@ -110,6 +105,10 @@ class Run:
             self.fit_decoder(warm_up)
             start_std(self.replicas, self.elbo_at_start)
         return epochs - warm_up
+
+    def validation_noise(self, latent_dim: int) -> Callable[[], Tensor]:
+        """The same draws at every look, so that looks differ by the parameters alone."""
+        return self.noise(len(self.validation), VALIDATION_SAMPLES, latent_dim, 2**32 - 1)
 
     def keep(self, index: Tensor) -> None:
         """Go on with the replicas of ``index`` alone; they keep their random numbers."""
@@ -155,6 +154,7 @@ class Method:
         self._sources = (model, inference, encoder)
         self.settings = settings
         self.history: list[dict[str, Any]] = []
+        self.training: dict[str, Any] = {}
         self.standardizer: Standardizer | None = None
         self.columns: list[str] | None = None
         self.system = make_system(model, inference, encoder, 0, fresh=False)
@@ -168,7 +168,8 @@ class Method:
     def fit(
         self, train: Any, validation: Any = None, *, epochs: int = 30_000, restarts: int = 1, seed: int = 0,
         batch_size: int | None = None, learning_rate: float = 0.01, tolerance: float | None = None, patience: int = 200,
-        standardize: bool = False, columns: list[str] | None = None, warm_start: bool = False, progress: bool = True,
+        standardize: bool = False, columns: list[str] | None = None, early_stopping: bool = False, warm_start: bool = False,
+        progress: bool = True,
     ) -> Method:  # fmt: skip
         """Train; the modules passed to the constructor end up with the best restart's parameters.
 
@@ -181,6 +182,8 @@ class Method:
             learning_rate: Adam's; constant, then cosine decay over the second half.
             tolerance: stop early once the objective's mean over ``patience`` epochs falls by no more than this (nats a row).
             standardize: train on columns of mean 0 and sd 1; results stay in the data's own units.
+            early_stopping: end each phase where its held-out objective was lowest. For flexible networks on few rows; on the
+                paper's small models the last step is better (50 noisy looks find a transient that suits the validation rows).
             warm_start: begin from the modules' present parameters (one restart only).
             progress: show a bar.
 
@@ -198,13 +201,16 @@ class Method:
             raise InputError(f"learning_rate must be positive and finite, got {learning_rate}")
         if warm_start and restarts != 1:
             raise InputError("warm_start trains the modules as they are: restarts must be 1")
+        self._check_epochs(epochs)
         key = as_seed(seed)
         like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
-        raw = None if not standardize else Batches(train, batch_size, 0, like.double(), lambda x: x).rows
+        raw = Batches(train, batch_size, 0, like.double(), lambda x: x).rows if standardize else None
         self.standardizer = None if raw is None else Standardizer.fit(raw, columns)
         self.columns = columns
-        batches = Batches(train, batch_size, int(key) & (2**63 - 1), like, self._inward)
-        held_out = batches.rows if validation is None else self._inward(as_rows(validation, like, "validation"))
+        # Columns are standardised before they lose digits to the model's dtype.
+        as_given = like if raw is None else like.double()
+        batches = Batches(train, batch_size, int(key) & (2**63 - 1), as_given, self._inward)
+        held_out = batches.rows if validation is None else self._inward(as_rows(validation, as_given, "validation"))
         if held_out.shape[1] != batches.rows.shape[1]:
             raise InputError(f"validation has {held_out.shape[1]} columns but train has {batches.rows.shape[1]}")
         self.model.check(batches.rows)
@@ -212,7 +218,10 @@ class Method:
         self._check_inference(batches.rows[:2])
         self._check_batches(batches)
         replicas = Replicas(self._systems(restarts, int(key) % 2**31, not warm_start))
-        options = {"learning_rate": learning_rate, "tolerance": tolerance, "patience": patience, "restarts": restarts}
+        options = {
+            "epochs": epochs, "restarts": restarts, "batch_size": batch_size, "learning_rate": learning_rate,
+            "tolerance": tolerance, "patience": patience, "early_stopping": early_stopping,
+        }  # fmt: skip
         with tqdm(total=epochs, desc=self.label, unit="epoch", disable=not progress, leave=True) as bar:
             run = Run(replicas, batches, held_out, key, options, bar)
             best, scores = self._train(run, epochs)
@@ -222,6 +231,7 @@ class Method:
         replicas.load_into(self.system, best, winner)
         run.history.append({"phase": "selection", "objective": scores.tolist(), "restart": winner})
         self.history = run.history
+        self.training = {**options, "seed": seed, "standardize": standardize}
         return self
 
     @property
@@ -235,6 +245,9 @@ class Method:
     def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
         """The method's phases: the best parameters of every replica and their validation objectives [R] (lower is better)."""
         raise NotImplementedError
+
+    def _check_epochs(self, epochs: int) -> None:
+        """Raise InputError for too few epochs."""
 
     def _check_batches(self, batches: Batches) -> None:
         """Raise InputError for batches too small for the method."""
@@ -255,7 +268,8 @@ class Method:
                 )
 
     def _inward(self, x: Tensor) -> Tensor:
-        return x if self.standardizer is None else self.standardizer.transform(x).to(x.dtype)
+        """Data as the model sees it: standardised where that was asked for, in the model's dtype."""
+        return (x if self.standardizer is None else self.standardizer.transform(x)).to(self.model.dtype)
 
     # --- use ---
 
@@ -266,7 +280,7 @@ class Method:
             expected = len(self.standardizer.mean)
             if rows.shape[1] != expected:
                 raise InputError(f"x has {rows.shape[1]} columns, but the model was trained on {expected}")
-        return self._inward(rows).to(self.model.dtype)
+        return self._inward(rows)
 
     @torch.no_grad()
     def log_likelihood(
