@@ -189,6 +189,8 @@ def log_likelihood(
         parameters = list(model.parameters())
 
         def log_prob(leaves, rows: Tensor, z: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():  # the leaves are the model's own there, and functional_call is not traced
+                return model.log_prob(rows[:, :, None], z)
             method = _LogProb(model)
             named = {f"model.{name}": leaf for name, leaf in zip(names, leaves, strict=True)}
             return functional_call(method, named, (rows[:, :, None], z))

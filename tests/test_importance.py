@@ -663,11 +663,12 @@ def test_a_row_without_any_weight_leaves_the_others_alone(wrap: Any) -> None:
 # --- (h) the promises of an operator ---
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, opaque], ids=["recognised", "arbitrary"])
 @pytest.mark.parametrize("kind", GRADIENTS)
-def test_compile(kind: str) -> None:
-    model = small_model("learned")
+def test_compile(kind: str, wrap: Any) -> None:
+    model = wrap(small_model("learned"))
     x, mean, log_std = inputs(6)
-    value = Value(model, 70, 3, gradient=kind)
+    value = Value(model, 70, 3, gradient=kind, chunk_size=30)
 
     def loss(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         return -value(x, 2 * mean, log_std).mean()

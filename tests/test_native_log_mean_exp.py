@@ -69,9 +69,7 @@ def test_infinities_and_nan(dtype: torch.dtype) -> None:
             for place in {0, samples // 2, samples - 1}:
                 x = torch.full((2, samples), filler, dtype=dtype)
                 x[1, place] = special
-                torch.testing.assert_close(
-                    float(cpu.log_mean_exp(x)[1]), expected, rtol=1e-6, atol=1e-6, equal_nan=True
-                )
+                torch.testing.assert_close(float(cpu.log_mean_exp(x)[1]), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @BOTH

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from libi_fast.errors import InputError
 from libi_fast.kernels.importance import reference
@@ -243,7 +244,7 @@ class _Stream(NamedTuple):
     settings: Settings
     row_step: int
     sample_step: int
-    generators: _Generators
+    generators: _Generators | None  # None where a checkpoint replays them
 
     def tiles(self, mean: Tensor, log_scale: Tensor, draws: Draws):
         """Yield (rows, z, noise, log_scale of the rows) in the order the sums are merged."""
@@ -254,23 +255,27 @@ class _Stream(NamedTuple):
                 yield rows, mean[:, rows, None] + row_scale.exp() * noise, noise, row_scale
 
 
+def _accumulate(stream: _Stream, x: Tensor, mean: Tensor, log_scale: Tensor, draws: Draws, parameters: Sequence[Tensor]):
+    """log-likelihood, effective sample size and top log-weights, tile after tile."""
+    parts: list[Sums] = []
+    current = None
+    for rows, z, noise, row_scale in stream.tiles(mean, log_scale, draws):
+        if rows != current:
+            current = rows
+            parts.append(Sums.empty((mean.shape[0], rows.stop - rows.start), stream.settings.tail, mean))
+        log_weights = stream.log_prob(parameters, x[:, rows], z) + log_prior_over_proposal(z, noise, row_scale)
+        parts[-1] = parts[-1].merge(log_weights)
+    if not parts:
+        shape = mean.shape[:2]
+        return mean.new_empty(shape), mean.new_empty(shape), mean.new_empty((*shape, stream.settings.tail))
+    results = [p.results(stream.settings.num_samples) for p in parts]
+    return tuple(torch.cat(r, 1) for r in zip(*results, strict=True))
+
+
 class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(x, mean, log_scale, seed, replicas, stream, *parameters):
-        draws = stream.settings.draws(seed, replicas)
-        parts: list[Any] = []
-        current = None
-        for rows, z, noise, row_scale in stream.tiles(mean, log_scale, draws):
-            if rows != current:
-                current = rows
-                parts.append(Sums.empty((mean.shape[0], rows.stop - rows.start), stream.settings.tail, mean))
-            log_weights = stream.log_prob(parameters, x[:, rows], z) + log_prior_over_proposal(z, noise, row_scale)
-            parts[-1] = parts[-1].merge(log_weights)
-        if not parts:
-            shape = mean.shape[:2]
-            return mean.new_empty(shape), mean.new_empty(shape), mean.new_empty((*shape, stream.settings.tail))
-        results = [p.results(stream.settings.num_samples) for p in parts]
-        return tuple(torch.cat(r, 1) for r in zip(*results, strict=True))
+        return _accumulate(stream, x, mean, log_scale, stream.settings.draws(seed, replicas), parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -319,6 +324,53 @@ class _Streamed(torch.autograd.Function):
         )
 
 
+class _WeightedGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by v."""
+
+    @staticmethod
+    def forward(z: Tensor, v: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return grad * ctx.saved_tensors[0], None
+
+
+def _traced(stream: _Stream, x: Tensor, mean: Tensor, log_scale: Tensor, draws: Draws, parameters: Sequence[Tensor]):
+    """What :class:`_Streamed` computes, in a form a compiler can trace: the value without gradients, then, tile by tile under
+    checkpoints, sum_s v_s log w_s with v held, whose gradient is the estimate's (the head of the reference lists the kinds)."""
+    kind = stream.settings.gradient
+    with torch.no_grad():
+        value, effective, top = _accumulate(stream, x, mean, log_scale, draws, parameters)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, mean, log_scale, *parameters))):
+        return value, effective, top
+
+    def surrogate(x: Tensor, mean: Tensor, log_scale: Tensor, value: Tensor, noise: Tensor) -> Tensor:
+        z = mean[:, :, None] + log_scale[:, :, None].exp() * noise
+        with torch.no_grad():
+            log_weights = stream.log_prob(parameters, x, z) + log_prior_over_proposal(z, noise, log_scale[:, :, None])
+            v, share = reference.shares(torch.ones_like(value), log_weights, value, stream.settings.num_samples)
+        if kind == "reparameterized":
+            rest = log_prior_over_proposal(z, noise, log_scale[:, :, None])
+        else:
+            if kind == "doubly-reparameterized":
+                z = _WeightedGradient.apply(z, v[..., None])
+            held = (z - mean.detach()[:, :, None]) / log_scale.detach().exp()[:, :, None]
+            rest = 0.5 * (held.square() - z.square()).sum(-1)
+        return (share * (stream.log_prob(parameters, x, z) + rest)).sum(-1)
+
+    parts: dict[int, Tensor] = {}
+    for rows, _, noise, _ in stream.tiles(mean.detach(), log_scale.detach(), draws):
+        tile = checkpoint(surrogate, x[:, rows], mean[:, rows], log_scale[:, rows], value[:, rows], noise, use_reentrant=False)
+        parts[rows.start] = parts[rows.start] + tile if rows.start in parts else tile
+    total = torch.cat(list(parts.values()), 1)
+    return value + (total - total.detach()), effective, top
+
+
 # --- entry points on tensors ---
 
 
@@ -360,6 +412,9 @@ def importance_streamed(
     budget = max(1, reference.TILE_VALUES // (widest * mean.shape[0]))
     row_step = max(1, min(mean.shape[1], budget))
     sample_step = min(settings.num_samples, chunk_size or max(1, budget // row_step))
+    if torch.compiler.is_compiling():
+        stream = _Stream(log_prob, settings, row_step, sample_step, None)
+        return Estimate(*_traced(stream, x, mean, log_scale, settings.draws(seed, replicas), parameters))
     stream = _Stream(log_prob, settings, row_step, sample_step, _Generators.now(mean.device))
     return Estimate(*_Streamed.apply(x, mean, log_scale, seed, replicas, stream, *parameters))
 
