@@ -46,46 +46,42 @@ def whiten(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y, unit.mT * factor, singular
 
 
-def _pairs(y: Tensor, beta: float):
-    """Yield (rows, exp(-b^2/2 |y_i - y_j|^2)) for blocks of rows i and all j."""
-    replicas, n, _ = y.shape
-    step = max(1, PAIR_BUDGET // max(1, replicas * n))
-    square = y.square().sum(-1)
-    for i in range(0, n, step):
-        rows = slice(i, i + step)
-        distance = square[:, rows, None] + square[:, None, :] - 2 * y[:, rows] @ y.mT
-        yield rows, distance.mul_(-0.5 * beta * beta).clamp_max_(0).exp_()
+def forward(z: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor]:
+    """[R, n, d] -> HZ [R] and, if asked for, d HZ / d z [R, n, d] from the same pass over the pairs (else [R, 0, d]).
 
-
-def forward(z: Tensor, beta: float) -> Tensor:
-    """[R, n, d] -> [R]."""
-    n, d = z.shape[-2:]
-    b2 = beta * beta
-    y, _, singular = whiten(z)
-    pairs = sum((kernel.sum((-2, -1)) for _, kernel in _pairs(y, beta)), torch.zeros_like(y[:, 0, 0])) / n**2
-    single = (-b2 / (2 * (1 + b2)) * y.square().sum(-1)).exp().mean(-1)
-    value = n * (pairs - 2 * (1 + b2) ** (-d / 2) * single + (1 + 2 * b2) ** (-d / 2))
-    return torch.where(singular, torch.full_like(value, 4 * n), value)
-
-
-def backward(grad: Tensor, z: Tensor, beta: float) -> Tensor:
-    """grad [R] times d HZ / d z, [R, n, d]; zero where singular (HZ is the constant 4n there).
-
-    HZ is unchanged by affine maps of z, so the gradient may be taken at y, where mean and covariance are 0 and I, and carried
-    back with the factor. There a step e_j moves the whitened y_i by e_i - mean(e) - (1/2n) sum_j (y_j e_j' + e_j y_j') y_i.
+    Where singular the gradient is zero: HZ is the constant 4n there. HZ is unchanged by affine maps of z, so the gradient may
+    be taken at y, where mean and covariance are 0 and I, and carried back with the factor. There a step e_j moves the whitened
+    y_i by e_i - mean(e) - (1/2n) sum_j (y_j e_j' + e_j y_j') y_i.
     """
-    n, d = z.shape[-2:]
+    replicas, n, d = z.shape
     b2 = beta * beta
     y, factor, singular = whiten(z)
-    plain = torch.empty_like(y)
-    for rows, kernel in _pairs(y, beta):
-        plain[:, rows] = (-2 * b2 / n) * (kernel.sum(-1, keepdim=True) * y[:, rows] - kernel @ y)
-    single = (-b2 / (2 * (1 + b2)) * y.square().sum(-1, keepdim=True)).exp()
-    plain += 2 * b2 * (1 + b2) ** (-d / 2 - 1) * single * y
+    square = y.square().sum(-1, keepdim=True)
+    one = torch.ones_like(square)
+    # [y, -|y|^2/2, 1] . [y, 1, -|y|^2/2] = -|y_i - y_j|^2 / 2, and the kernel times [y, 1] is all that the gradient needs.
+    left = torch.cat((y, -0.5 * square, one), -1) * b2
+    right = torch.cat((y, one, -0.5 * square), -1).mT
+    sums = torch.empty_like(torch.cat((y, one), -1)) if gradient else None
+    pairs = torch.zeros_like(square[:, 0, 0])
+    step = max(1, PAIR_BUDGET // max(1, replicas * n))
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        kernel = (left[:, rows] @ right).exp_()
+        if sums is None:
+            pairs += kernel.sum((-2, -1))
+        else:
+            sums[:, rows] = kernel @ torch.cat((y, one), -1)
+            pairs += sums[:, rows, -1].sum(-1)
+    single = (-b2 / (2 * (1 + b2)) * square).exp()
+    value = pairs / n - 2 * (1 + b2) ** (-d / 2) * single.sum((-2, -1)) + n * (1 + 2 * b2) ** (-d / 2)
+    value = torch.where(singular, torch.full_like(value, 4 * n), value)
+    if sums is None:
+        return value, z.new_empty((replicas, 0, d))
+    plain = (-2 * b2 / n) * (sums[..., -1:] * y - sums[..., :-1]) + 2 * b2 * (1 + b2) ** (-d / 2 - 1) * single * y
     moment = y.mT @ plain
     through = plain - plain.mean(-2, keepdim=True) - y @ (moment + moment.mT) / (2 * n)
     result = torch.linalg.solve_triangular(factor.mT, through.mT, upper=True).mT
-    return torch.where(singular[:, None, None], torch.zeros_like(result), result * grad[:, None, None])
+    return value, torch.where(singular[:, None, None], torch.zeros_like(result), result).contiguous()
 
 
 def null_distribution(n: int, d: int, beta: float) -> tuple[float, float]:

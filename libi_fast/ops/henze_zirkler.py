@@ -13,50 +13,41 @@ from libi_fast.kernels.henze_zirkler import reference
 from libi_fast.ops import _library as lib
 
 
-def _folding(op: Any):
-    """vmap: the mapped dimension joins the replicas."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any):
-        *tensors, beta, backend = args
-        moved = [lib.leading(t, d, info.batch_size) for t, d in zip(tensors, in_dims, strict=False)]
-        result = op(*(t.flatten(0, 1) for t in moved), beta, backend)
-        return result.unflatten(0, moved[0].shape[:2]), 0
-
-    return rule
+def _vmap(info: Any, in_dims: tuple[Any, ...], z: Tensor, *rest: Any):
+    """The mapped dimension joins the replicas."""
+    moved = lib.leading(z, in_dims[0], info.batch_size)
+    results = _forward(moved.flatten(0, 1), *rest)
+    return tuple(r.unflatten(0, moved.shape[:2]) for r in results), (0, 0)
 
 
 _forward: Any = lib.define(
     "henze_zirkler",
-    "(Tensor z, float beta, str backend) -> Tensor",
+    "(Tensor z, float beta, bool gradient, str backend) -> (Tensor, Tensor)",
     {"reference": reference.forward},
-    lambda z, beta: z.new_empty(z.shape[:1]),
-    _folding(lambda *args: _forward(*args)),
-)
-_backward: Any = lib.define(
-    "henze_zirkler_backward",
-    "(Tensor grad, Tensor z, float beta, str backend) -> Tensor",
-    {"reference": reference.backward},
-    lambda grad, z, beta: z.new_empty(z.shape),
-    _folding(lambda *args: _backward(*args)),
+    lambda z, beta, gradient: (z.new_empty(z.shape[:1]), z.new_empty((z.shape[0], z.shape[1] * gradient, z.shape[2]))),
+    _vmap,
 )
 
 
 class _HenzeZirkler(torch.autograd.Function):
+    """The gradient comes with the value: its sums over pairs cost little beside the pairs' exponentials."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: Tensor, beta: float, backend: str) -> Tensor:
-        return _forward(z, beta, backend)
+    def forward(z: Tensor, beta: float, gradient: bool, backend: str) -> tuple[Tensor, Tensor]:
+        return _forward(z, beta, gradient, backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.beta, ctx.backend = inputs[1:]
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])  # z only so that a second derivative is noticed, and raises
 
     @staticmethod
     @lib.once_differentiable("henze_zirkler")
-    def backward(ctx: Any, grad: Tensor):
-        return _backward(grad, *ctx.saved_tensors, ctx.beta, ctx.backend), None, None
+    def backward(ctx: Any, grad: Tensor, ignored: Any):
+        _, gradient = ctx.saved_tensors
+        return grad[:, None, None] * gradient, None, None, None
 
 
 class HenzeZirkler(NamedTuple):
@@ -75,7 +66,8 @@ def henze_zirkler_statistic(z: Tensor, *, beta: float | None = None, backend: st
     if beta is not None and not (math.isfinite(beta) and beta > 0):
         raise InputError(f"beta must be positive and finite, got {beta}")
     value = reference.default_beta(n, d) if beta is None else float(beta)
-    flat = _HenzeZirkler.apply(z.reshape(-1, n, d), value, lib.current_backend(backend))
+    gradient = torch.is_grad_enabled() and z.requires_grad
+    flat, _ = _HenzeZirkler.apply(z.reshape(-1, n, d), value, gradient, lib.current_backend(backend))
     return flat.reshape(z.shape[:-2])
 
 
