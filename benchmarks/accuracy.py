@@ -61,7 +61,7 @@ def linear(name: str, progress: bool = True) -> dict[str, Any]:
 DIGITS_SETTINGS = {
     "LiBI": (lf.LiBI, {"repeats": 6}, 3000),
     "VAE": (lf.VAE, {}, 2000),
-    "IWAE": (lf.IWAE, {"num_samples": 8}, 1000),
+    "IWAE": (lf.IWAE, {"num_samples": 8}, 2000),
 }
 
 

@@ -90,7 +90,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         if not repeats or record["epoch"] <= repeats[-1][-1]["epoch"]:
             repeats.append([])  # the epochs start again
         repeats[-1].append(record)
-    figure = _figure(width=8.0, height=2.4 * max(1, len(phases)) + 0.4)
+    figure = _figure(width=8.0, height=2.4 * max(1, len(phases)) + 1.0)
     axes = figure.subplots(max(1, len(phases)), 1, squeeze=False)[:, 0]
     for axis, (name, repeats) in zip(axes, phases.items(), strict=False):
         settled: list[float] = []
@@ -115,7 +115,19 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
             axis.set_ylim(min(settled) - margin, max(settled) + margin)
         axis.set(title=name, xlabel="epoch", ylabel="objective (nats)")
         axis.grid(alpha=0.3)
+    _training_legend(figure, max(map(len, phases.values()), default=1))
     return figure
+
+
+def _training_legend(figure: Figure, repeats: int) -> None:
+    """What styles and colours mean, under all panels."""
+    from matplotlib.lines import Line2D
+
+    entries = [("training rows", "0.2", "-"), ("held-out rows", "0.2", "--"), ("other restarts, candidates", "0.75", "-")]
+    if repeats > 1:
+        entries += [(f"repeat {i + 1}", CURVE_COLOURS[i % len(CURVE_COLOURS)], "-") for i in range(repeats)]
+    handles = [Line2D([], [], color=colour, linestyle=style, label=label) for label, colour, style in entries]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
 
 
 def _objectives(record: Mapping[str, Any]) -> list[float]:
