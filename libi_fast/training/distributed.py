@@ -43,15 +43,6 @@ def gather_rows(z: Tensor) -> Tensor:
     return _GatherRows.apply(z) if active() else z
 
 
-def total_rows(n: int) -> int:
-    """Rows of all processes together."""
-    if not active():
-        return n
-    count = torch.tensor(n)
-    dist.all_reduce(count)
-    return int(count)
-
-
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Add up the gradients of all processes, in place."""
     if active():
