@@ -66,14 +66,15 @@ def _fit(options: argparse.Namespace) -> None:
         early_stopping=not options.no_early_stopping,
         **{name: getattr(options, name) for name in FIT_OPTIONS},
     )
-    result = _log_likelihood(method, dataset.test, options)
-    notes = {
+    notes: dict[str, Any] = {
         "name": dataset.name,
         "rows": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
         "seed": options.data_seed,
-        "test": _summary(result),
     }
+    # Saved before the evaluation, so that nothing that happens there can lose the training.
     runs.save(method, options.out, force=options.force, data=notes)
+    result = _log_likelihood(method, dataset.test, options)
+    runs.save(method, options.out, force=True, data={**notes, "test": _summary(result)})
     if not options.quiet:
         title = f"{type(method).__name__} on {dataset.name}: {len(dataset.test)} held-out rows"
         _print_likelihood(title, result, options, caption=f"run folder: {options.out}")

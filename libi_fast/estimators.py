@@ -160,7 +160,7 @@ def log_likelihood(
     x = x.flatten(1) if x.dim() > 1 else x[:, None]
     lib.check_finite("x", x)
     if not torch.compiler.is_compiling():
-        model.check(x)
+        model.likelihood.check(x)
     mean, log_std = as_mean_field(proposal, x, model.latent_dim)
     if pareto is None:
         pareto = not (torch.is_grad_enabled() and _needs_gradient(model, x, mean, log_std))
@@ -180,11 +180,14 @@ def log_likelihood(
     replicas = random.as_replicas(None, x.device)
     if recognised is not None:
         layers, parameters = recognised
+        model.check_decoder(parameters[0].shape[-1], parameters[-2 if layers.has_bias[-1] else -1].shape[1], x.shape[-1])
         variance = model.likelihood.variance[None] if isinstance(model.likelihood, DiagonalGaussian) else x.new_empty((1, 0))
         estimate = op.importance_layers(
             x[None], mean[None], log_scale[None], layers, parameters, variance, key, replicas, settings
         )
     else:
+        if not torch.compiler.is_compiling():
+            model.check(x)
         names = [name for name, _ in model.named_parameters()]
         parameters = list(model.parameters())
 

@@ -51,7 +51,8 @@ def save(
         folder: where to; missing parents are made.
         force: replace a run folder that is there. Files in it that are not ours are kept; a folder that is not a
             run folder is never touched.
-        data: notes on the data (name, rows, seed of the split), kept in config.json as they are.
+        data: notes on the data (name, rows, seed of the split), kept in config.json as they are; None keeps the
+            method's own (of the run it was loaded from).
 
     Returns:
         The folder.
@@ -65,7 +66,7 @@ def save(
             "format_version": FORMAT_VERSION,
             "libi_fast": _package_version(),
             "torch": torch.__version__,
-            "data": dict(data or {}),
+            "data": dict(method.data if data is None else data),
             "training": method.training,
             "method": method.config(),
         }
@@ -107,7 +108,7 @@ def load(folder: str | PathLike[str], decoder: nn.Module | None = None, network:
         raise InputError(f"{folder / CONFIG}: damaged settings ({type(error).__name__}: {error})") from error
     _check_state(folder / WEIGHTS, method.state(), state)
     method.load_state(state)
-    method.history = history
+    method.history, method.data, method.training = history, config.get("data", {}), config.get("training", {})
     return method
 
 

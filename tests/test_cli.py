@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -283,7 +284,7 @@ def test_bad_files(tmp_path, capsys, case):
         path.write_text(text)
     refused(capsys, ["fit", path, "--out", tmp_path / "run", *FAST], message, "bad.csv" if "constant" not in case else "")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=re.escape(message)):
         dataset = data.load(path)
         data.Standardizer.fit(dataset.train, dataset.columns)
 
@@ -340,6 +341,11 @@ def test_a_decoder_that_does_not_fit_the_likelihood(tmp_path, capsys, table):
     config["method"]["model"]["decoder"][-1]["out"] = 2
     (folder / "config.json").write_text(json.dumps(config))
     refused(capsys, ["evaluate", folder, table], "weights.safetensors", "describes (2, 4)")
+    narrow = lf.VAE(
+        lf.LatentVariableModel(lf.mlp(2, [], 2), lf.Gaussian(1.0), 2), inference=lf.MeanFieldGaussian(lf.mlp(3, [], 4))
+    )
+    narrow.save(tmp_path / "narrow")
+    refused(capsys, ["evaluate", tmp_path / "narrow", table], "output has 2 values a row but the data has 3 columns")
     method = lf.VAE(
         lf.LatentVariableModel(lf.mlp(2, [], 5), lf.Gaussian(1.0), 2), inference=lf.MeanFieldGaussian(lf.mlp(3, [], 4))
     )

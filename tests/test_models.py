@@ -147,13 +147,15 @@ def test_log_prob_against_scipy() -> None:
     assert extreme.tolist() == [0.0, -200.0]
 
 
-@pytest.mark.parametrize("likelihood", [lf.Gaussian(0.3), lf.DiagonalGaussian(torch.tensor([0.2, 0.5])), lf.Bernoulli()])
+@pytest.mark.parametrize(
+    "likelihood", [lf.Gaussian(0.3), lf.DiagonalGaussian(torch.tensor([0.2, 0.5], dtype=F64)), lf.Bernoulli()]
+)
 def test_likelihoods_come_back_from_their_configuration(likelihood: lf.Likelihood) -> None:
     from libi_fast.models.likelihoods import likelihood_from_config
 
     again = likelihood_from_config(likelihood.config())
     assert again.config() == likelihood.config()
-    x, output = torch.rand(3, 2), torch.randn(3, 2)
+    x, output = torch.rand(3, 2, dtype=F64), torch.randn(3, 2, dtype=F64)
     torch.testing.assert_close(again.log_prob(x, output), likelihood.log_prob(x, output), rtol=0, atol=0)
 
 
@@ -289,7 +291,7 @@ def test_build_and_mlp_refuse_bad_input() -> None:
 def test_jtex_map() -> None:
     decoder = lf.JTExMap([0.1, 0.2])
     weight = decoder.weight
-    torch.testing.assert_close(weight @ weight.T, decoder.a @ decoder.a.T + torch.diag(decoder.b))
+    torch.testing.assert_close(weight @ weight.T, decoder.a @ decoder.a.T + torch.diag(decoder.b.float()))
     assert float(weight[0, 1].detach()) == 0
     z = torch.randn(4, 2)
     torch.testing.assert_close(decoder(z), (weight @ z.T).T)

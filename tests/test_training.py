@@ -1,7 +1,9 @@
 """LiBI, VAE and IWAE: objectives against independent formulas, invariances of training, and what it reaches."""
 
+import json
 import math
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from libi_fast.training.start import whiten_codes
 
 
 def small_system(dtype=torch.float64, latent=2, columns=3):
-    model = lf.LatentVariableModel(lf.mlp(latent, [5], columns).to(dtype), lf.Gaussian(0.1).to(dtype), latent)
+    model = lf.LatentVariableModel(lf.mlp(latent, [5], columns).to(dtype), lf.Gaussian(0.1), latent)
     return model, lf.MeanFieldGaussian(lf.mlp(columns, [5], 2 * latent).to(dtype))
 
 
@@ -61,7 +63,7 @@ def test_step1_is_the_papers_formula():
     z = inference(x).mean.detach()
     output = model.decoder(z).detach()
     normal = torch.distributions.Normal(output, math.sqrt(0.1))
-    assert terms["reconstruction"].item() == pytest.approx(-normal.log_prob(x).sum(-1).mean().item(), rel=1e-6)
+    assert terms["reconstruction"].item() == pytest.approx(-normal.log_prob(x).sum(-1).mean().item(), rel=1e-12)
     import pingouin
 
     hz = pingouin.multivariate_normality(z.numpy()).hz
@@ -270,6 +272,90 @@ def test_a_restart_that_turns_non_finite_is_not_chosen_and_all_of_them_stop_with
         method.fit(x, epochs=5, warm_start=True, progress=False)
 
 
+def test_warm_start_goes_on_from_the_present_parameters():
+    x = torch.randn(60, 3)
+    for method in (
+        lf.LiBI(*small_system(torch.float32), repeats=1),
+        lf.VAE(*small_system(torch.float32), whiten=True, warm_up=9),
+    ):
+        method.fit(x, epochs=30, progress=False)
+        before = {k: v.clone() for k, v in method.state().items()}
+        method.fit(x, epochs=30, learning_rate=1e-9, warm_start=True, progress=False)
+        after = method.state()
+        assert all(torch.allclose(before[k], after[k], atol=1e-6) for k in before)
+
+
+def test_annealing_raises_beta_from_0_to_its_value_whatever_the_batches():
+    x = torch.randn(60, 3)
+    for batch_size in (None, 20):
+        method = lf.VAE(*small_system(torch.float32), beta=2.0, anneal=True)
+        method.fit(x, epochs=200, batch_size=batch_size, learning_rate=1e-9, progress=False)
+        kl = [h["kl"][0] for h in method.history if h["phase"] == "annealing"]
+        (plain,) = {round(h["kl"][0] / 2, 4) for h in method.history if h["phase"] == "elbo"}  # the parameters stand still
+        assert kl[0] == 0
+        assert kl[-1] / plain == pytest.approx(2.0, rel=0.02)
+        assert kl[len(kl) // 2] / plain == pytest.approx(1.0, rel=0.05)
+
+
+def test_buffers_follow_their_restart_and_running_statistics_come_back():
+    class RandomFeatures(nn.Module):
+        """Its frequencies are a buffer, drawn anew for each restart."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("frequencies", torch.randn(2, 8))
+            self.linear = nn.Linear(8, 3)
+
+        def forward(self, z):
+            return self.linear(torch.sin(z @ self.frequencies))
+
+    x = torch.randn(80, 3) + 5
+    network = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+    method = lf.VAE(lambda: lf.LatentVariableModel(RandomFeatures(), lf.Gaussian(1.0), 2), lf.MeanFieldGaussian(network))
+    method.fit(x, epochs=60, restarts=3, seed=1, progress=False)
+    selection = method.history[-1]
+    system = method.system
+    terms = elbo_terms(
+        Replicas([system.eval()]), x, lambda: lf.philox_normal(0, 80, 2 * 400).unflatten(-1, (-1, 2))[None]
+    )  # fmt: skip
+    assert (terms["reconstruction"] + terms["kl"]).item() == pytest.approx(
+        selection["objective"][selection["restart"]], abs=0.2
+    )
+    assert network[1].running_mean.abs().max() > 0.1
+
+
+def test_closed_forms_are_not_taken_for_a_subclass_with_its_own_density():
+    class StudentT(lf.Gaussian):
+        def log_prob(self, x, output):
+            return torch.distributions.StudentT(3.0, output).log_prob(x).sum(-1)
+
+    model = lf.LatentVariableModel(nn.Linear(2, 3), StudentT(1.0), 2)
+    with pytest.raises(lf.InputError, match="closed forms need"):
+        lf.exact_log_likelihood(model, torch.zeros(2, 3))
+    assert not Replicas([make_system(model, small_system(torch.float32)[1], None, 0, False)])._linear
+
+
+def test_a_refused_fit_leaves_a_fitted_method_as_it_was():
+    x = torch.randn(60, 3) * 50
+    method = lf.VAE(*small_system(torch.float32)).fit(x, epochs=20, standardize=True, progress=False)
+    before = method.log_likelihood(x, num_samples=20).log_likelihood
+    with pytest.raises(lf.InputError, match="validation has 2 columns"):
+        method.fit(x, x[:, :2], epochs=20, progress=False)
+    assert torch.equal(method.log_likelihood(x, num_samples=20).log_likelihood, before)
+
+
+def test_dropout_follows_the_seed_and_evaluation_is_without_it():
+    x = torch.randn(60, 3)
+    fits = []
+    for _ in range(2):
+        model = lf.LatentVariableModel(nn.Sequential(nn.Linear(2, 9), nn.Dropout(0.5), nn.Linear(9, 3)), lf.Gaussian(1.0), 2)
+        method = lf.VAE(model, small_system(torch.float32)[1]).fit(x, epochs=10, seed=3, progress=False)
+        fits.append(method.log_likelihood(x, num_samples=20).log_likelihood)
+        assert torch.equal(method.log_likelihood(x, num_samples=20).log_likelihood, fits[-1])
+        torch.rand(7)  # the default generator moves on between the fits
+    assert torch.equal(*fits)
+
+
 # --- data ---
 
 
@@ -367,6 +453,18 @@ def test_schedule_decays_over_the_second_half_or_once_converged():
 # --- several processes ---
 
 
+def in_two_processes(function, *arguments, rows=None):
+    """What ``function(rank, *arguments, port, [rows,] result)`` puts into result."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        shared = manager.list()
+        extra = () if rows is None else (rows,)
+        torch.multiprocessing.spawn(function, (*arguments, port, *extra, shared), nprocs=2)
+        return list(shared)
+
+
 def _gradient(rank, world, port, rows, result):
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -392,20 +490,41 @@ def test_two_processes_give_the_gradient_of_one():
     rows = torch.randn(50, 3, dtype=torch.float64)
     alone: list = []
     _gradient(0, 1, 0, rows, alone)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with torch.multiprocessing.Manager() as manager:
-        shared = manager.list()
-        torch.multiprocessing.spawn(_gradient, (2, port, rows, shared), nprocs=2)
-        together = list(shared)
+    together = in_two_processes(_gradient, 2, rows=rows)
     assert any(np.abs(a).max() > 0 for a in map(np.array, alone))
     for one, two in zip(alone, together, strict=True):
         scale = np.abs(one).max()
         assert np.abs(np.array(one) - np.array(two)).max() <= 1e-6 * scale
 
 
+def _refused(rank, port, result):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        lf.VAE(*small_system()).fit(torch.randn(30, 3), epochs=2, progress=False)
+    except NotImplementedError as error:
+        result.append(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_fit_refuses_to_run_under_torch_distributed():
+    messages = in_two_processes(_refused)
+    assert len(messages) == 2 and "one process" in messages[0]
+
+
 # --- what training reaches (short; the full figures are in benchmarks/results) ---
+
+
+def test_committed_results_meet_the_targets():
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+
+    def read(name):
+        return json.loads((results / f"{name}.json").read_text())["results"]
+
+    gap = "exact test LL minus the ground truth's"
+    assert read("linear_jtex")["LiBI"][gap]["mean"] >= -0.01
+    assert read("linear_jtex")["VAE"]["population LL"]["mean"] == pytest.approx(-3.133, abs=0.02)
+    assert read("gaussian")["LiBI"][gap]["mean"] >= -0.02
+    assert read("digits")["LiBI"]["above FactorAnalysis(8)"] >= 10
 
 
 def linear_jtex(method, epochs, **settings):

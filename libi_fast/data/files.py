@@ -22,6 +22,7 @@ from torch import Tensor
 
 from libi_fast.errors import InputError
 
+LARGEST = 1e18  # its square still fits float32
 READABLE = (".csv", ".npy", ".npz", ".parquet")
 
 
@@ -311,11 +312,13 @@ def _numeric(array: np.ndarray) -> np.ndarray:
 
 
 def _check_finite(values: np.ndarray, columns: Sequence[str], what: str | None = None) -> None:
-    bad = ~np.isfinite(values)
+    bad = ~(np.abs(values) <= LARGEST)
     if bad.any():
         row, column = divmod(int(bad.argmax()), values.shape[1])
         value = values[row, column]
-        shown = what or ("NaN or missing" if np.isnan(value) else "infinite" if value > 0 else "minus infinity")
+        named = {np.inf: "infinite", -np.inf: "minus infinity"}
+        beyond = named.get(value, f"{value:g}, beyond {LARGEST:g}: rescale the column")
+        shown = what or ("NaN or missing" if np.isnan(value) else beyond)
         more = int(bad.sum()) - 1
         raise InputError(f"row {row + 1}, column {columns[column]!r} is {shown}" + (f" ({more} more)" if more else ""))
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from libi_fast.errors import InputError
-from libi_fast.kernels.importance import reference
 from libi_fast.ops import _library as lib
+from libi_fast.ops.importance import bernoulli, gaussian
 
 
 class Likelihood(nn.Module):
@@ -29,10 +29,13 @@ class Likelihood(nn.Module):
         """E[x | z], [..., D]."""
         return output
 
-    def check(self, x: Tensor, output_dim: int | None = None) -> None:
-        """Raise InputError where data x [N, D] lies outside the support or the decoder's width does not fit."""
-        if output_dim is not None and output_dim != x.shape[-1]:
-            raise InputError(f"the decoder's output has {output_dim} values a row but the data has {x.shape[-1]} columns")
+    def check(self, x: Tensor) -> None:
+        """Raise InputError where data x [N, D] lies outside the support."""
+
+    def check_width(self, output_dim: int, data_dim: int) -> None:
+        """Raise InputError where the decoder's output does not have a value for every column."""
+        if output_dim != data_dim:
+            raise InputError(f"the decoder's output has {output_dim} values a row but the data has {data_dim} columns")
 
     def config(self) -> dict[str, Any]:
         return {"name": self.name}
@@ -55,9 +58,10 @@ class DiagonalGaussian(Likelihood):
 
     def __init__(self, variance: Tensor | float, learned: bool = False, least: float = 1e-6):
         super().__init__()
-        value = torch.as_tensor(variance)
+        # Numbers stay in float64 until the model gives its dtype: 0.1 rounded to float32 is another variance in float64.
+        value = variance if isinstance(variance, Tensor) else torch.tensor(variance, dtype=torch.float64)
         if not value.is_floating_point():
-            value = value.to(torch.get_default_dtype())
+            value = value.double()
         if value.dim() > 1:
             raise InputError(f"variance must have shape [] or [D], got {tuple(value.shape)}")
         if not bool((torch.isfinite(value) & (value > 0)).all()):
@@ -82,13 +86,12 @@ class DiagonalGaussian(Likelihood):
         return self.log_variance.exp() + self.least if self.learned else self.fixed_variance
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        return reference.gaussian(x, output, self.variance)
+        return gaussian(x, output, self.variance)
 
     def sample(self, output: Tensor, noise: Tensor) -> Tensor:
         return output + self.variance.sqrt() * noise
 
-    def check(self, x: Tensor, output_dim: int | None = None) -> None:
-        super().check(x, output_dim)
+    def check(self, x: Tensor) -> None:
         size = self.variance.shape[-1]
         if size not in (1, x.shape[-1]):
             raise InputError(f"variance has {size} values but the data has {x.shape[-1]} columns")
@@ -109,7 +112,7 @@ class Gaussian(DiagonalGaussian):
     def __init__(self, variance: float, learned: bool = False, least: float = 1e-6):
         if torch.as_tensor(variance).numel() != 1:
             raise InputError("Gaussian takes one variance; DiagonalGaussian takes one a column")
-        super().__init__(torch.as_tensor(variance).reshape(()), learned, least)
+        super().__init__(variance.reshape(()) if isinstance(variance, Tensor) else float(variance), learned, least)
 
 
 class Bernoulli(Likelihood):
@@ -118,7 +121,7 @@ class Bernoulli(Likelihood):
     name = "bernoulli"
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        return reference.bernoulli(x, output)
+        return bernoulli(x, output)
 
     def sample(self, output: Tensor, noise: Tensor) -> Tensor:
         return (noise < torch.sigmoid(output)).to(output.dtype)
@@ -126,8 +129,7 @@ class Bernoulli(Likelihood):
     def mean(self, output: Tensor) -> Tensor:
         return torch.sigmoid(output)
 
-    def check(self, x: Tensor, output_dim: int | None = None) -> None:
-        super().check(x, output_dim)
+    def check(self, x: Tensor) -> None:
         if not lib.values_known(x):
             return
         outside = ~((x >= 0) & (x <= 1))
@@ -147,4 +149,4 @@ def likelihood_from_config(config: dict[str, Any], dtype: torch.dtype = torch.fl
         raise InputError(f"unknown likelihood {config['name']!r}; known: bernoulli, gaussian")
     if config["learned"]:
         return DiagonalGaussian(torch.ones(config["size"], dtype=dtype), True, config["least"])
-    return DiagonalGaussian(torch.tensor(config["variance"], dtype=dtype))
+    return DiagonalGaussian(torch.tensor(config["variance"], dtype=torch.float64))

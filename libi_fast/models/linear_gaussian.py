@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
-from libi_fast.models.likelihoods import DiagonalGaussian
+from libi_fast.models.likelihoods import DiagonalGaussian, Gaussian
 from libi_fast.models.model import LatentVariableModel, MeanField
 from libi_fast.models.networks import chain
 
 
 def is_linear_gaussian(model: LatentVariableModel) -> bool:
-    """Whether the decoder is a chain of linear maps and the noise Gaussian, so that the closed forms here hold."""
+    """Whether the decoder is a chain of linear maps and the noise Gaussian, so that the closed forms here hold; a subclass of
+    the likelihood may have its own density, so it does not count."""
     pairs = chain(model.decoder)
-    return pairs is not None and all(name == "identity" for _, name in pairs) and isinstance(model.likelihood, DiagonalGaussian)
+    linear = pairs is not None and all(name == "identity" for _, name in pairs)
+    return linear and type(model.likelihood) in (Gaussian, DiagonalGaussian)
 
 
 @torch.no_grad()

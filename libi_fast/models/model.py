@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,18 @@ from torch import Tensor, nn
 from libi_fast.errors import InputError
 from libi_fast.models.likelihoods import Likelihood
 from libi_fast.ops.random import Stream, as_seed, philox_normal, philox_uniform
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; afterwards every submodule has the mode it had."""
+    before = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in before:
+            m.training = mode
 
 
 class MeanField(NamedTuple):
@@ -57,25 +71,39 @@ class LatentVariableModel(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x | z), x [..., D] and z [..., L] (leading dimensions broadcast) -> [...], in nats."""
+        """log p(x | z), x [..., D] and z [..., L] (leading dimensions broadcast) -> [...], in nats.
+
+        Raises:
+            InputError: the decoder's output and x differ in width.
+        """
         output = self.decode(z)
+        self.likelihood.check_width(output.shape[-1], x.shape[-1])
         return self.likelihood.log_prob(x, output)
 
     def decode(self, z: Tensor) -> Tensor:
         """The decoder over any leading dimensions, its output flattened to [..., D]."""
         return self.decoder(z.reshape(-1, z.shape[-1])).reshape(*z.shape[:-1], -1)
 
+    def check_decoder(self, inputs: int, outputs: int, columns: int) -> None:
+        """Raise InputError where a decoder of known widths does not fit the codes or the data."""
+        if inputs != self.latent_dim:
+            raise InputError(f"the decoder does not take codes [batch, {self.latent_dim}]: it wants {inputs} values a row")
+        self.likelihood.check_width(outputs, columns)
+
     @torch.no_grad()
     def check(self, x: Tensor) -> None:
         """Raise InputError unless decoder, likelihood and data x [N, D] fit together."""
         probe = torch.zeros(2, self.latent_dim, dtype=self.dtype, device=self.device)
         try:
-            output = self.decoder(probe)
+            # In evaluation mode: a look must not move running statistics or draw random numbers.
+            with evaluation_mode(self.decoder):
+                output = self.decoder(probe)
         except RuntimeError as error:
             raise InputError(f"the decoder does not take codes [batch, {self.latent_dim}]: {error}") from error
         if output.shape[0] != 2:
             raise InputError(f"the decoder maps [2, {self.latent_dim}] to {tuple(output.shape)}: the batch must come first")
-        self.likelihood.check(x, output[0].numel())
+        self.likelihood.check_width(output[0].numel(), x.shape[-1])
+        self.likelihood.check(x)
 
     @torch.no_grad()
     def sample(self, n: int, seed: int | Tensor | None = None) -> Tensor:

@@ -32,7 +32,7 @@ class JTExMap(nn.Module):
 
     def __init__(self, b: Sequence[float] | Tensor):
         super().__init__()
-        diagonal = torch.as_tensor(b, dtype=torch.get_default_dtype())
+        diagonal = b.double() if isinstance(b, Tensor) else torch.tensor(b, dtype=torch.float64)
         self.register_buffer("b", diagonal)
         self.a = nn.Parameter(torch.empty(len(diagonal), len(diagonal)))
         self.reset_parameters()
@@ -43,7 +43,7 @@ class JTExMap(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[D, L], lower triangular."""
-        return torch.linalg.cholesky_ex(self.a @ self.a.mT + torch.diag_embed(self.b)).L
+        return torch.linalg.cholesky_ex(self.a @ self.a.mT + torch.diag_embed(self.b.to(self.a.dtype))).L
 
     def forward(self, z: Tensor) -> Tensor:
         return z @ self.weight.mT

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from libi_fast.errors import InputError
 from libi_fast.kernels.henze_zirkler import reference
+from libi_fast.kernels.henze_zirkler.reference import whiten
 from libi_fast.ops import _library as lib
 
 
@@ -27,6 +28,9 @@ _forward: Any = lib.define(
     lambda z, beta, gradient: (z.new_empty(z.shape[:1]), z.new_empty((z.shape[0], z.shape[1] * gradient, z.shape[2]))),
     _vmap,
 )
+
+
+__all__ = ["HenzeZirkler", "henze_zirkler", "henze_zirkler_statistic", "whiten"]
 
 
 class _HenzeZirkler(torch.autograd.Function):

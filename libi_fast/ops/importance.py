@@ -19,11 +19,20 @@ from torch.utils.checkpoint import checkpoint
 
 from libi_fast.errors import InputError
 from libi_fast.kernels.importance import reference
-from libi_fast.kernels.importance.reference import Decoder, Draws, Sums, log_prior_over_proposal
+from libi_fast.kernels.importance.reference import (
+    GRADIENTS,
+    Decoder,
+    Draws,
+    Sums,
+    bernoulli,
+    gaussian,
+    log_prior_over_proposal,
+)
 from libi_fast.ops import _library as lib
 from libi_fast.ops import random
 from libi_fast.ops.random import Stream
 
+__all__ = ["GRADIENTS", "Estimate", "Layers", "Settings", "bernoulli", "gaussian"]
 DEFAULT_CHUNK = 4096
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
@@ -384,8 +393,8 @@ class Estimate(NamedTuple):
 
 def check_settings(settings: Settings) -> None:
     """Raise InputError for settings that no path can honour."""
-    if settings.gradient not in reference.GRADIENTS:
-        raise InputError(f"gradient must be one of {', '.join(map(repr, reference.GRADIENTS))}, got {settings.gradient!r}")
+    if settings.gradient not in GRADIENTS:
+        raise InputError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {settings.gradient!r}")
     lib.check_index("num_samples", settings.num_samples, 2**32)
     if settings.num_samples < 1:
         raise InputError("num_samples must be at least 1, got 0")

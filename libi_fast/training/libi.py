@@ -31,7 +31,7 @@ class LiBI(Method):
     Args:
         model, inference: see :class:`Method`.
         encoder: a network of its own for h in the first step 1, of the inference network's architecture up to the last
-            layer (L outputs, or 2L); None uses the mean of q throughout, which is what the repeats do anyway.
+            layer (L outputs); None uses the mean of q throughout, which is what the repeats do anyway.
         hz_weight, covariance_tolerance, mean_tolerance: the paper's eps_HZ, eps_Sigma, eps_mu.
         repeats: R.
         whiten: start with an encoder whose codes have mean 0 and covariance I (its last layer is rescaled).
@@ -60,6 +60,8 @@ class LiBI(Method):
         }.items():
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{label} must be positive and finite, got {value}")
+        if initial_std is not None and not (math.isfinite(initial_std) and initial_std > 0):
+            raise InputError(f"initial_std must be positive and finite, got {initial_std}")
         for label, value, least in (("repeats", repeats, 1), ("warm_up", warm_up, 0), ("candidates", candidates, 1)):
             if value < least:
                 raise InputError(f"{label} must be at least {least}, got {value}")
@@ -79,11 +81,11 @@ class LiBI(Method):
         least = 2 * self.model.latent_dim + 2
         batches.require(least, f"LiBI's statistics of {self.model.latent_dim}-dimensional codes")
 
-    def _systems(self, restarts: int, seed: int, fresh: bool) -> list[System]:
-        if not fresh or not self.settings["warm_up"]:
-            return super()._systems(restarts, seed, fresh)
+    def _systems(self, restarts: int, seed: int) -> list[System]:
+        if not self.settings["warm_up"]:
+            return super()._systems(restarts, seed)
         count = self.settings["candidates"]  # one seed a mirrored pair
-        pairs = super()._systems(restarts * -(-count // 2), seed, fresh)
+        pairs = super()._systems(restarts * -(-count // 2), seed)
         return [pairs[r * -(-count // 2) + c // 2] for r in range(restarts) for c in range(count)]
 
     # --- step 1 ---
@@ -113,7 +115,7 @@ class LiBI(Method):
                 lambda x, step: self.step1_terms(replicas, x), lambda: self.step1_terms(replicas, run.validation), decay,
             )  # fmt: skip
 
-        if first:
+        if first and not run.options["warm_start"]:
             if s["whiten"]:
                 whiten_codes(replicas, prefix, run.batches.rows)
             warm_up = min(s["warm_up"], epochs // 6)
@@ -136,7 +138,8 @@ class LiBI(Method):
         if first:
             if replicas.template.encoder is not None:
                 copy_encoder(replicas, latent_dim)
-            start_std(replicas, run.elbo_at_start, self.settings["initial_std"])
+            if not run.options["warm_start"]:
+                start_std(replicas, run.elbo_at_start, self.settings["initial_std"])
         theta = replicas.group("model.")
         for p in theta:
             p.requires_grad_(False)

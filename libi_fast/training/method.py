@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 from libi_fast.data import Standardizer
 from libi_fast.errors import InputError
 from libi_fast.estimators import LogLikelihood, log_likelihood
-from libi_fast.models.model import LatentVariableModel, MeanField
+from libi_fast.models.model import LatentVariableModel, MeanField, evaluation_mode
 from libi_fast.models.networks import describe
 from libi_fast.ops.random import Stream, as_replicas, as_seed, philox_normal
+from libi_fast.training import distributed
 from libi_fast.training.optimise import Batches, Schedule, as_rows, optimise
-from libi_fast.training.replicas import Loss, Replicas, System, chosen, make_system
+from libi_fast.training.replicas import Loss, Replicas, System, chosen, make_system, torch_seed
 from libi_fast.training.start import start_std, whiten_codes
 
 VALIDATION_SAMPLES = 16
@@ -34,6 +35,7 @@ class Run:
         self.restarts: int = options["restarts"]
         self.history: list[dict[str, Any]] = []
         self.step = 0
+        self.fraction = 0.0  # of the present phase's epochs
         self.ids = as_replicas(replicas.count, seed.device)
 
     def phase(
@@ -52,7 +54,8 @@ class Run:
         @torch.no_grad()
         def held_out() -> Tensor:
             assert validate is not None
-            return torch.stack(list(validate().values())).sum(0)
+            with evaluation_mode(replicas.template):
+                return torch.stack(list(validate().values())).sum(0)
 
         def record(entry: dict[str, Any]) -> None:
             nonlocal best, scores
@@ -67,9 +70,12 @@ class Run:
             schedule = Schedule(epochs, o["learning_rate"], o["tolerance"], o["patience"], decay)
             done = 0
 
+            self.fraction = 0.0
+
             def tick(objective: float) -> None:
                 nonlocal done
                 done += 1
+                self.fraction = done / epochs
                 self.bar.update(1)
                 if not math.isnan(objective):
                     self.bar.set_postfix_str(f"{name} {objective:.4g}", refresh=False)
@@ -98,6 +104,8 @@ class Run:
 
     def start_whole(self, whiten: bool, warm_up: int, epochs: int) -> int:
         """The start of methods that train both models at once; returns the epochs left."""
+        if self.options["warm_start"]:
+            return epochs
         if whiten:
             whiten_codes(self.replicas, "inference.", self.batches.rows)
         warm_up = min(warm_up, epochs // 6)
@@ -154,7 +162,8 @@ class Method:
         self._sources = (model, inference, encoder)
         self.settings = settings
         self.history: list[dict[str, Any]] = []
-        self.training: dict[str, Any] = {}
+        self.data: dict[str, Any] = {}  # notes on the data, from the run folder
+        self.training: dict[str, Any] = {}  # the arguments of fit
         self.standardizer: Standardizer | None = None
         self.columns: list[str] | None = None
         self.system = make_system(model, inference, encoder, 0, fresh=False)
@@ -199,30 +208,40 @@ class Method:
                 raise InputError(f"{label} must be at least 1, got {value}")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise InputError(f"learning_rate must be positive and finite, got {learning_rate}")
+        if tolerance is not None and not tolerance >= 0:
+            raise InputError(f"tolerance must not be negative, got {tolerance}")
         if warm_start and restarts != 1:
             raise InputError("warm_start trains the modules as they are: restarts must be 1")
+        if distributed.active():
+            raise NotImplementedError(
+                "fit runs in one process; under torch.distributed use LiBI.step1_terms and sum_gradients in a loop of your own"
+            )
         self._check_epochs(epochs)
         key = as_seed(seed)
         like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
         raw = Batches(train, batch_size, 0, like.double(), lambda x: x).rows if standardize else None
-        self.standardizer = None if raw is None else Standardizer.fit(raw, columns)
-        self.columns = columns
+        standardizer = None if raw is None else Standardizer.fit(raw, columns)
+
+        def inward(x: Tensor) -> Tensor:
+            return self._inward(x, standardizer)
+
         # Columns are standardised before they lose digits to the model's dtype.
         as_given = like if raw is None else like.double()
-        batches = Batches(train, batch_size, int(key) & (2**63 - 1), as_given, self._inward)
-        held_out = batches.rows if validation is None else self._inward(as_rows(validation, as_given, "validation"))
+        batches = Batches(train, batch_size, int(key) & (2**63 - 1), as_given, inward)
+        held_out = batches.rows if validation is None else inward(as_rows(validation, as_given, "validation"))
         if held_out.shape[1] != batches.rows.shape[1]:
             raise InputError(f"validation has {held_out.shape[1]} columns but train has {batches.rows.shape[1]}")
         self.model.check(batches.rows)
         self.model.likelihood.check(held_out)
         self._check_inference(batches.rows[:2])
         self._check_batches(batches)
-        replicas = Replicas(self._systems(restarts, int(key) % 2**31, not warm_start))
+        replicas = Replicas([self.system] if warm_start else self._systems(restarts, int(key)))
         options = {
             "epochs": epochs, "restarts": restarts, "batch_size": batch_size, "learning_rate": learning_rate,
-            "tolerance": tolerance, "patience": patience, "early_stopping": early_stopping,
+            "tolerance": tolerance, "patience": patience, "early_stopping": early_stopping, "warm_start": warm_start,
         }  # fmt: skip
-        with tqdm(total=epochs, desc=self.label, unit="epoch", disable=not progress, leave=True) as bar:
+        # Dropout and the like draw from torch's generator, which the seed governs within training.
+        with tqdm(total=epochs, desc=self.label, unit="epoch", disable=not progress) as bar, torch_seed(int(key)):
             run = Run(replicas, batches, held_out, key, options, bar)
             best, scores = self._train(run, epochs)
         if not bool(torch.isfinite(scores).any()):
@@ -230,7 +249,7 @@ class Method:
         winner = int(torch.where(torch.isfinite(scores), scores, math.inf).argmin())
         replicas.load_into(self.system, best, winner)
         run.history.append({"phase": "selection", "objective": scores.tolist(), "restart": winner})
-        self.history = run.history
+        self.history, self.standardizer, self.columns = run.history, standardizer, columns
         self.training = {**options, "seed": seed, "standardize": standardize}
         return self
 
@@ -238,9 +257,9 @@ class Method:
     def label(self) -> str:
         return type(self).__name__
 
-    def _systems(self, restarts: int, seed: int, fresh: bool) -> list[System]:
+    def _systems(self, restarts: int, seed: int) -> list[System]:
         """The systems training begins with."""
-        return [make_system(*self._sources, seed + 1_000_003 * r, fresh) for r in range(restarts)]
+        return [make_system(*self._sources, (seed + 1_000_003 * r) % 2**63, fresh=True) for r in range(restarts)]
 
     def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
         """The method's phases: the best parameters of every replica and their validation objectives [R] (lower is better)."""
@@ -255,8 +274,9 @@ class Method:
     @torch.no_grad()
     def _check_inference(self, x: Tensor) -> None:
         try:
-            q = self.system.inference(x)
-            codes = self.system.codes(x)
+            with evaluation_mode(self.system):
+                q = self.system.inference(x)
+                codes = self.system.codes(x)
         except RuntimeError as error:
             raise InputError(f"the inference network does not take rows of {x.shape[1]} columns: {error}") from error
         expected = (len(x), self.model.latent_dim)
@@ -267,9 +287,9 @@ class Method:
                     f"{self.model.latent_dim} wants {expected}"
                 )
 
-    def _inward(self, x: Tensor) -> Tensor:
+    def _inward(self, x: Tensor, standardizer: Standardizer | None) -> Tensor:
         """Data as the model sees it: standardised where that was asked for, in the model's dtype."""
-        return (x if self.standardizer is None else self.standardizer.transform(x)).to(self.model.dtype)
+        return (x if standardizer is None else standardizer.transform(x)).to(self.model.dtype)
 
     # --- use ---
 
@@ -280,7 +300,7 @@ class Method:
             expected = len(self.standardizer.mean)
             if rows.shape[1] != expected:
                 raise InputError(f"x has {rows.shape[1]} columns, but the model was trained on {expected}")
-        return self._inward(rows)
+        return self._inward(rows, self.standardizer)
 
     @torch.no_grad()
     def log_likelihood(
@@ -291,7 +311,9 @@ class Method:
         Args, Returns, Raises: as :func:`libi_fast.log_likelihood` with q(z|x) as the proposal.
         """
         rows = self._rows(x)
-        result = log_likelihood(self.model, rows, self._posterior(rows), num_samples, variance_inflation, seed=seed, **options)
+        with evaluation_mode(self.system):
+            q = self._posterior(rows)
+            result = log_likelihood(self.model, rows, q, num_samples, variance_inflation, seed=seed, **options)
         shift = 0.0 if self.standardizer is None else self.standardizer.log_abs_det
         return result._replace(log_likelihood=result.log_likelihood - shift)
 
@@ -304,7 +326,8 @@ class Method:
     @torch.no_grad()
     def posterior(self, x: Any) -> MeanField:
         """q(z|x) of every row: mean and log_std, [N, L]."""
-        return self._posterior(self._rows(x))
+        with evaluation_mode(self.system):
+            return self._posterior(self._rows(x))
 
     def codes(self, x: Any) -> Tensor:
         """The posterior means, [N, L]."""
@@ -312,7 +335,8 @@ class Method:
 
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """n draws from p(x), [n, D], in the data's own units."""
-        draws = self.model.sample(n, seed)
+        with evaluation_mode(self.system):
+            draws = self.model.sample(n, seed)
         return draws if self.standardizer is None else self.standardizer.inverse(draws.double()).to(draws.dtype)
 
     # --- keeping ---

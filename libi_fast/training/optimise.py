@@ -99,6 +99,8 @@ def as_rows(data: Any, like: Tensor, name: str) -> Tensor:
         if data.dtype.kind not in "fiub":
             raise TypeError(f"{name} must hold numbers, got an array of {data.dtype}")
         data = torch.from_numpy(np.ascontiguousarray(data))
+    if hasattr(data, "train") and hasattr(data, "validation"):
+        raise TypeError(f"{name} is a whole data set: pass its .train and .validation")
     if not isinstance(data, Tensor):
         raise TypeError(f"{name} must be a tensor, an array, a Dataset or a DataLoader, got {type(data).__name__}")
     if data.dim() < 1 or data.shape[0] == 0:
@@ -180,15 +182,14 @@ def optimise(
         means = {k: v / count for k, v in sums.items()}
         objective = torch.stack(list(means.values())).sum(0)
         schedule.record(epoch, objective)
-        last = epoch + 1 >= schedule.epochs
-        if epoch % every == 0 or last:
-            alive = torch.isfinite(objective)
-            if not bool(alive.any()):
-                bad = [k for k, v in means.items() if not bool(torch.isfinite(v).any())] or list(means)
-                raise FloatingPointError(
-                    f"training became non-finite in {phase}, epoch {epoch}: {', '.join(bad)} of all {len(objective)} restarts"
-                )
+        alive = torch.isfinite(objective)
+        if not bool(alive.any()):
+            bad = [k for k, v in means.items() if not bool(torch.isfinite(v).any())] or list(means)
+            raise FloatingPointError(
+                f"training became non-finite in {phase}, epoch {epoch}: {', '.join(bad)} of all {len(objective)} restarts"
+            )
+        if epoch % every == 0 or epoch + 1 >= schedule.epochs:
             report({"phase": phase, "epoch": epoch, **{k: v.tolist() for k, v in means.items()}})
-        tick(float(objective[torch.isfinite(objective)].min()) if epoch % every == 0 else math.nan)
+        tick(float(objective[alive].min()) if epoch % every == 0 else math.nan)
         epoch += 1
     return step

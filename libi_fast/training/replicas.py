@@ -75,19 +75,19 @@ def make_system(model: Any, inference: Any, encoder: Any, seed: int, fresh: bool
 
 
 class Replicas:
-    """R systems of one architecture. ``parameters`` maps names to leaf tensors [R, ...]."""
+    """R systems of one architecture. ``parameters`` maps names to leaf tensors [R, ...]; buffers are among them, untrained."""
 
     def __init__(self, systems: list[System]):
         self.template = systems[0]
         self.count = len(systems)
         self.parameters: dict[str, Tensor] = {}
-        named = [dict(s.named_parameters()) for s in systems]
+        named = [{**dict(s.named_parameters()), **dict(s.named_buffers())} for s in systems]
         for name, value in named[0].items():
             if any(name not in n or n[name].shape != value.shape for n in named):
                 raise InputError(f"all restarts must have one architecture, but parameter {name!r} differs between them")
             stacked = torch.stack([n[name].detach() for n in named]).clone()
             self.parameters[name] = stacked.requires_grad_(value.requires_grad)
-        self.dtype = next(iter(self.parameters.values())).dtype
+        self.dtype = self.template.model.dtype
         self._linear = is_linear_gaussian(self.template.model)
         self._mapped = True
 
@@ -154,7 +154,7 @@ class Replicas:
     def load_into(self, system: System, values: dict[str, Tensor], replica: int) -> None:
         """Copy one replica's values into a system's own parameters (a dropped encoder's stay as they are)."""
         with torch.no_grad():
-            for name, parameter in system.named_parameters():
+            for name, parameter in (*system.named_parameters(), *system.named_buffers()):
                 if name in values:
                     parameter.copy_(values[name][replica])
 

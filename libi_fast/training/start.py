@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from libi_fast.errors import InputError
-from libi_fast.kernels.henze_zirkler.reference import whiten
+from libi_fast.ops.henze_zirkler import whiten
 from libi_fast.training.constraints import moment_errors
 from libi_fast.training.replicas import Replicas, chosen
 
