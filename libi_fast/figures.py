@@ -123,7 +123,11 @@ def _training_legend(figure: Figure, repeats: int) -> None:
     """What styles and colours mean, under all panels."""
     from matplotlib.lines import Line2D
 
-    entries = [("training rows", "0.2", "-"), ("held-out rows", "0.2", "--"), ("other restarts, candidates", "0.75", "-")]
+    entries: list[tuple[str, str, Any]] = [
+        ("training rows", "0.2", "-"),
+        ("held-out rows", "0.2", "--"),
+        ("other restarts, candidates", "0.75", "-"),
+    ]
     if repeats > 1:
         entries += [(f"repeat {i + 1}", CURVE_COLOURS[i % len(CURVE_COLOURS)], "-") for i in range(repeats)]
     handles = [Line2D([], [], color=colour, linestyle=style, label=label) for label, colour, style in entries]

@@ -344,6 +344,7 @@ def test_a_decoder_that_does_not_fit_the_likelihood(tmp_path, capsys, table):
     narrow = lf.VAE(
         lf.LatentVariableModel(lf.mlp(2, [], 2), lf.Gaussian(1.0), 2), inference=lf.MeanFieldGaussian(lf.mlp(3, [], 4))
     )
+    narrow.columns = list(rows(2).columns)
     narrow.save(tmp_path / "narrow")
     refused(capsys, ["evaluate", tmp_path / "narrow", table], "output has 2 values a row but the data has 3 columns")
     method = lf.VAE(

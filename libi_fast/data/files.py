@@ -41,10 +41,8 @@ class Table:
     named: bool
 
     def to_tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values as a tensor [N, D]. Raises InputError where a finite number overflows ``dtype``."""
-        x = torch.from_numpy(self.values).to(dtype)
-        _check_finite(x.numpy(), self.columns, f"too large for {str(dtype).removeprefix('torch.')}")
-        return x
+        """The values as a tensor [N, D]."""
+        return torch.from_numpy(self.values).to(dtype)
 
     def check_bounds(self, least: float, greatest: float) -> None:
         """Raises InputError naming the first cell outside [least, greatest]."""
@@ -311,14 +309,14 @@ def _numeric(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _check_finite(values: np.ndarray, columns: Sequence[str], what: str | None = None) -> None:
+def _check_finite(values: np.ndarray, columns: Sequence[str]) -> None:
     bad = ~(np.abs(values) <= LARGEST)
     if bad.any():
         row, column = divmod(int(bad.argmax()), values.shape[1])
         value = values[row, column]
         named = {np.inf: "infinite", -np.inf: "minus infinity"}
         beyond = named.get(value, f"{value:g}, beyond {LARGEST:g}: rescale the column")
-        shown = what or ("NaN or missing" if np.isnan(value) else beyond)
+        shown = "NaN or missing" if np.isnan(value) else beyond
         more = int(bad.sum()) - 1
         raise InputError(f"row {row + 1}, column {columns[column]!r} is {shown}" + (f" ({more} more)" if more else ""))
 
