@@ -98,7 +98,7 @@ def linear(name: str, progress: bool = True) -> dict[str, Any]:
 DIGITS_SETTINGS = {
     "LiBI": (lf.LiBI, {"repeats": 6}, 3000),
     "VAE": (lf.VAE, {}, 6000),
-    "IWAE": (lf.IWAE, {"num_samples": 8}, 4000),
+    "IWAE": (lf.IWAE, {"num_samples": 8}, 1500),
 }
 
 

@@ -1,4 +1,4 @@
-"""The linear-Gaussian data sets of Yacoby, Pan and Doshi-Velez (2019), with their truth in closed form."""
+"""The linear-Gaussian data sets of Yacoby, Pan and Doshi-Velez (2020), with their truth in closed form."""
 
 from __future__ import annotations
 
