@@ -5,8 +5,10 @@
 // close, unlike |u_i|^2 + |u_j|^2 - 2 u_i.u_j.
 //
 // Points stand in strips of 16 (8 in double). A strip takes the square on the diagonal whole, and once all that lies to
-// the right of it. Coordinates lie apart, [d][n]. A block of rows keeps its sums in registers while it runs along a tile
-// of columns, whose own sums stay in the L1 cache. Sums are of the points' type within a tile, and double beyond it.
+// the right of it. Coordinates lie apart, [d][n]. A block of rows runs along a tile of columns, first for k, which
+// stays in the L1 cache, then for two coordinates at a time: the rows' sums in registers, the columns' in the cache.
+// (All in one run is no faster at d = 2, and slower from d = 4 on, where registers no longer hold it.) Sums are of the
+// points' type within a tile, and double beyond it.
 //
 // Strips are dealt out to 1, 4 or 16 parts, by n alone; each part has sums of its own, and these are added in order. So
 // the number of threads moves no bit. Nor does the width of a register, since a lane has the same sums in every build.
@@ -156,18 +158,18 @@ struct Points {
     int64_t n, d, strips, stride;
 };
 
-// What a part works in: totals [components][stride], and the sums of one tile's columns, [components][tile + 16].
+// What a part works in: totals [d + 1][stride], sum k first; a tile's columns [d + 1][tile + 1], likewise; k of a block
+// [rows][tile + 1]. A tile is counted in strips.
 template <class T>
 struct Sums {
     double* totals;
     T* columns;
-    T* kernel;  // only where d is not known to the compiler: one block's k, [rows][tile]
+    T* kernel;
 };
 
-constexpr int64_t kTileBytes = 20480;    // of coordinates and sums of columns, in the L1 cache
-constexpr int64_t kStripsInFloat = 16;   // rows of so many strips are summed before they go into a double
-constexpr int64_t kKnown = 8;            // dimensions up to here have a kernel of their own
-constexpr int kRowsAny = 4;
+constexpr int kRows = kBytes == 64 ? 8 : 4;  // of a block, as registers allow: a column takes rows one by one
+constexpr int64_t kTileBytes = 20480;        // coordinates and sums of a tile's columns, in the L1 cache
+constexpr int64_t kStripsInFloat = 16;       // a column has so many strips summed before they go into a double
 
 template <class T>
 int64_t tile_strips(int64_t d) {
@@ -176,154 +178,110 @@ int64_t tile_strips(int64_t d) {
 }
 
 // Adds each row's lanes in a fixed tree, and the sum to its total.
-template <class T, int rows, int components>
-LIBI_INLINE void add_rows(T (&lane)[rows][components][Type<T>::lanes], double* totals, int64_t stride) {
-    for (int half = Type<T>::lanes / 2; half > 0; half /= 2)
-        for (int b = 0; b < rows; ++b)
-            for (int c = 0; c < components; ++c)
-                for (int l = 0; l < half; ++l) lane[b][c][l] += lane[b][c][l + half];
-    for (int b = 0; b < rows; ++b)
-        for (int c = 0; c < components; ++c) totals[c * stride + b] += static_cast<double>(lane[b][c][0]);
+template <class T, size_t lanes>
+LIBI_INLINE void add_rows(T (&lane)[kRows][lanes], double* totals) {
+    for (size_t half = lanes / 2; half > 0; half /= 2)
+        for (auto& row : lane)
+            for (size_t l = 0; l < half; ++l) row[l] += row[l + half];
+    for (int b = 0; b < kRows; ++b) totals[b] += static_cast<double>(lane[b][0]);
 }
 
-// Rows [i, i + rows) against `strips` strips of columns from j on; with `diagonal` the strip before those is the rows' own.
-template <class T, int d, bool gradient, int rows>
-void block(const Points<T>& points, int64_t i, int64_t j, int64_t strips, bool diagonal, Sums<T> sums, T* columns,
-           int64_t column_stride) {
-    using V = Vector<T>;
-    constexpr int components = gradient ? d + 1 : 1;  // the last is sum k
-    constexpr int64_t lanes = Type<T>::lanes;
-    constexpr int last = components - 1;
-    alignas(64) T lane[rows][components][lanes];
-    for (int64_t h = 0; h < lanes; h += kWidth<T>) {
-        V here[rows][d], sum[rows][components];
-        for (int b = 0; b < rows; ++b) {
-            for (int c = 0; c < d; ++c) here[b][c] = all<T>(points.u[c * points.stride + i + b]);
-            for (int c = 0; c < components; ++c) sum[b][c] = V{};
-        }
-        const T* at = points.u + j + h;
-        T* to = columns + h;
-        for (int64_t g = 0; g < strips; ++g, at += lanes, to += lanes) {
-            V there[d], column[components];
-            for (int c = 0; c < d; ++c) there[c] = load<T>(at + c * points.stride);
-            if constexpr (gradient)
-                for (int c = 0; c < components; ++c) column[c] = load<T>(to + c * column_stride);
-            for (int b = 0; b < rows; ++b) {
-                V s = here[b][0] - there[0];
-                s = s * s;
-                for (int c = 1; c < d; ++c) {
-                    const V t = here[b][c] - there[c];
-                    s = multiply_add(t, t, s);
-                }
-                const V k = exp2_minus<T>(s);
-                sum[b][last] = sum[b][last] + k;
-                if constexpr (gradient) {
-                    for (int c = 0; c < d; ++c) {
-                        sum[b][c] = multiply_add(k, there[c], sum[b][c]);
-                        column[c] = multiply_add(k, here[b][c], column[c]);
-                    }
-                    column[last] = column[last] + k;
-                }
-            }
-            if constexpr (gradient)
-                for (int c = 0; c < components; ++c) store<T>(to + c * column_stride, column[c]);
-        }
-        if constexpr (!gradient)
-            for (int b = 0; b < rows; ++b) sum[b][0] = sum[b][0] + sum[b][0];  // for both points of a pair
-        if (diagonal) {
-            at = points.u + i / lanes * lanes + h;
-            for (int b = 0; b < rows; ++b) {
-                V s = V{};
-                for (int c = 0; c < d; ++c) {
-                    const V t = here[b][c] - load<T>(at + c * points.stride);
-                    s = multiply_add(t, t, s);
-                }
-                const V k = exp2_minus<T>(s);
-                sum[b][last] = sum[b][last] + k;
-                if constexpr (gradient)
-                    for (int c = 0; c < d; ++c) sum[b][c] = multiply_add(k, load<T>(at + c * points.stride), sum[b][c]);
-            }
-        }
-        for (int b = 0; b < rows; ++b)
-            for (int c = 0; c < components; ++c) store<T>(&lane[b][c][h], sum[b][c]);
-    }
-    add_rows<T, rows, components>(lane, sums.totals + i, points.stride);
-}
+// What a block of rows meets: `strips` strips of columns from j on and, with `diagonal`, the strip of its own.
+struct Meeting {
+    int64_t i, j, strips;
+    bool diagonal;
+};
 
-// The same for any d: first k, kept for the block, then one coordinate after another.
+// k of a block, kept for the gradient [rows][strips + 1], the own strip last; and its sums.
 template <class T, bool gradient>
-void block_any(const Points<T>& points, int64_t i, int64_t j, int64_t strips, bool diagonal, Sums<T> sums, T* columns,
-               int64_t column_stride) {
+void add_kernel(const Points<T>& points, Meeting meeting, T* kernel, int64_t kernel_stride, T* columns,
+                double* totals) {
     using V = Vector<T>;
-    constexpr int rows = kRowsAny;
     constexpr int64_t lanes = Type<T>::lanes;
-    const int64_t d = points.d;
-    const int64_t ones = gradient ? d : 0;
-    const int64_t kept = (strips + 1) * lanes;  // the rows' own strip comes last
-    const int64_t own = i / lanes * lanes;
-    alignas(64) T lane[rows][1][lanes];
+    const int64_t own = meeting.i / lanes * lanes;
+    alignas(64) T lane[kRows][lanes];
     for (int64_t h = 0; h < lanes; h += kWidth<T>) {
-        V sum[rows];
-        for (int b = 0; b < rows; ++b) sum[b] = V{};
-        for (int64_t g = 0; g < strips + (diagonal ? 1 : 0); ++g) {
-            const bool twice = g < strips;
-            const T* at = points.u + (twice ? j + g * lanes : own) + h;
-            V s[rows];
-            for (int b = 0; b < rows; ++b) s[b] = V{};
-            for (int64_t c = 0; c < d; ++c) {
+        V sum[kRows];
+        for (V& one : sum) one = V{};
+        for (int64_t g = 0; g < meeting.strips + (meeting.diagonal ? 1 : 0); ++g) {
+            const bool twice = g < meeting.strips;  // for both points of a pair
+            const T* at = points.u + (twice ? meeting.j + g * lanes : own) + h;
+            V s[kRows];
+            for (V& one : s) one = V{};
+            for (int64_t c = 0; c < points.d; ++c) {
                 const V there = load<T>(at + c * points.stride);
-                for (int b = 0; b < rows; ++b) {
-                    const V t = all<T>(points.u[c * points.stride + i + b]) - there;
+                for (int b = 0; b < kRows; ++b) {
+                    const V t = all<T>(points.u[c * points.stride + meeting.i + b]) - there;
                     s[b] = multiply_add(t, t, s[b]);
                 }
             }
-            for (int b = 0; b < rows; ++b) {
-                s[b] = exp2_minus<T>(s[b]);
-                sum[b] = sum[b] + s[b];
-                if constexpr (gradient) store<T>(sums.kernel + b * kept + g * lanes + h, s[b]);
-                else if (twice) sum[b] = sum[b] + s[b];
+            V column = V{};
+            if (gradient && twice) column = load<T>(columns + g * lanes + h);
+            for (int b = 0; b < kRows; ++b) {
+                const V k = exp2_minus<T>(s[b]);
+                sum[b] = sum[b] + k;
+                column = column + k;
+                if constexpr (gradient) store<T>(kernel + b * kernel_stride + g * lanes + h, k);
+                else if (twice) sum[b] = sum[b] + k;
             }
-            if (gradient && twice) {
-                T* to = columns + ones * column_stride + g * lanes + h;
-                V column = load<T>(to);
-                for (int b = 0; b < rows; ++b) column = column + s[b];
-                store<T>(to, column);
-            }
+            if (gradient && twice) store<T>(columns + g * lanes + h, column);
         }
-        for (int b = 0; b < rows; ++b) store<T>(&lane[b][0][h], sum[b]);
+        for (int b = 0; b < kRows; ++b) store<T>(&lane[b][h], sum[b]);
     }
-    add_rows<T, rows, 1>(lane, sums.totals + ones * points.stride + i, points.stride);
-    if constexpr (!gradient) return;
-    for (int64_t c = 0; c < d; ++c) {
-        const T* u = points.u + c * points.stride;
-        T* to = columns + c * column_stride;
-        for (int64_t h = 0; h < lanes; h += kWidth<T>) {
-            V here[rows], sum[rows];
-            for (int b = 0; b < rows; ++b) here[b] = all<T>(u[i + b]), sum[b] = V{};
-            for (int64_t g = 0; g < strips; ++g) {
-                const V there = load<T>(u + j + g * lanes + h);
-                V column = load<T>(to + g * lanes + h);
-                for (int b = 0; b < rows; ++b) {
-                    const V k = load<T>(sums.kernel + b * kept + g * lanes + h);
-                    sum[b] = multiply_add(k, there, sum[b]);
-                    column = multiply_add(k, here[b], column);
-                }
-                store<T>(to + g * lanes + h, column);
+    add_rows(lane, totals + meeting.i);
+}
+
+// sum_j k_ij y_j to the rows, and sum_i k_ij y_i to the columns, for `count` coordinates from u on.
+template <class T, int count>
+void add_coordinates(const T* u, int64_t stride, Meeting meeting, const T* kernel, int64_t kernel_stride, T* columns,
+                     int64_t column_stride, double* totals) {
+    using V = Vector<T>;
+    constexpr int64_t lanes = Type<T>::lanes;
+    const int64_t own = meeting.i / lanes * lanes;
+    alignas(64) T lane[count][kRows][lanes];
+    for (int64_t h = 0; h < lanes; h += kWidth<T>) {
+        V here[count][kRows], sum[count][kRows];
+        for (int c = 0; c < count; ++c)
+            for (int b = 0; b < kRows; ++b) here[c][b] = all<T>(u[c * stride + meeting.i + b]), sum[c][b] = V{};
+        for (int64_t g = h; g < meeting.strips * lanes; g += lanes) {
+            V there[count], column[count];
+            for (int c = 0; c < count; ++c) {
+                there[c] = load<T>(u + c * stride + meeting.j + g);
+                column[c] = load<T>(columns + c * column_stride + g);
             }
-            if (diagonal)
-                for (int b = 0; b < rows; ++b)
-                    sum[b] = multiply_add(load<T>(sums.kernel + b * kept + strips * lanes + h), load<T>(u + own + h), sum[b]);
-            for (int b = 0; b < rows; ++b) store<T>(&lane[b][0][h], sum[b]);
+            for (int b = 0; b < kRows; ++b) {
+                const V k = load<T>(kernel + b * kernel_stride + g);
+                for (int c = 0; c < count; ++c) {
+                    sum[c][b] = multiply_add(k, there[c], sum[c][b]);
+                    column[c] = multiply_add(k, here[c][b], column[c]);
+                }
+            }
+            for (int c = 0; c < count; ++c) store<T>(columns + c * column_stride + g, column[c]);
         }
-        add_rows<T, rows, 1>(lane, sums.totals + c * points.stride + i, points.stride);
+        for (int c = 0; c < count; ++c)
+            for (int b = 0; b < kRows; ++b) {
+                if (meeting.diagonal) {
+                    const V k = load<T>(kernel + b * kernel_stride + meeting.strips * lanes + h);
+                    sum[c][b] = multiply_add(k, load<T>(u + c * stride + own + h), sum[c][b]);
+                }
+                store<T>(&lane[c][b][h], sum[c][b]);
+            }
+    }
+    for (int c = 0; c < count; ++c) add_rows(lane[c], totals + c * stride + meeting.i);
+}
+
+template <class T>
+void add_coordinates(const Points<T>& points, Meeting meeting, Sums<T> sums, T* columns, int64_t column_stride) {
+    for (int64_t c = 0; c < points.d; c += 2) {
+        const auto add = c + 1 < points.d ? add_coordinates<T, 2> : add_coordinates<T, 1>;
+        add(points.u + c * points.stride, points.stride, meeting, sums.kernel, column_stride,
+            columns + (c + 1) * column_stride, column_stride, sums.totals + (c + 1) * points.stride);
     }
 }
 
 // One part: its strips against all columns to their right. Totals are set, not added to.
-template <class T, int d, bool gradient>
+template <class T, bool gradient>
 void run_part(const Points<T>& points, int64_t part, int64_t parts, Sums<T> sums) {
-    // As many rows as the registers hold sums and coordinates for. It moves no bit: a column takes its rows one by one.
-    constexpr int rows = d == 0 ? kRowsAny : kBytes == 64 ? (d <= 3 ? 4 : 2) : d <= 2 ? 2 : 1;
     constexpr int64_t lanes = Type<T>::lanes;
     const int64_t components = gradient ? points.d + 1 : 1;
     const int64_t tile = tile_strips<T>(points.d);
@@ -350,29 +308,15 @@ void run_part(const Points<T>& points, int64_t part, int64_t parts, Sums<T> sums
             const bool diagonal = strip >= first;
             const int64_t begin = diagonal ? strip + 1 : first;
             T* columns = sums.columns + (begin - first) * lanes;
-            for (int64_t i = strip * lanes; i < (strip + 1) * lanes; i += rows) {
-                if constexpr (d == 0)
-                    block_any<T, gradient>(points, i, begin * lanes, end - begin, diagonal, sums, columns, column_stride);
-                else
-                    block<T, d, gradient, rows>(points, i, begin * lanes, end - begin, diagonal, sums, columns,
-                                                column_stride);
+            for (int64_t i = strip * lanes; i < (strip + 1) * lanes; i += kRows) {
+                const Meeting meeting{i, begin * lanes, end - begin, diagonal};
+                add_kernel<T, gradient>(points, meeting, sums.kernel, column_stride, columns, sums.totals);
+                if constexpr (gradient) add_coordinates(points, meeting, sums, columns, column_stride);
             }
             if (gradient && ++pending == kStripsInFloat) flush(), pending = 0;
         }
         if (pending > 0) flush();
     }
-}
-
-template <class T>
-using Part = void (*)(const Points<T>&, int64_t, int64_t, Sums<T>);
-
-template <class T, bool gradient>
-Part<T> choose(int64_t d) {
-    static_assert(kKnown == 8, "one entry a dimension");
-    constexpr Part<T> known[] = {run_part<T, 0, gradient>, run_part<T, 1, gradient>, run_part<T, 2, gradient>,
-                                 run_part<T, 3, gradient>, run_part<T, 4, gradient>, run_part<T, 5, gradient>,
-                                 run_part<T, 6, gradient>, run_part<T, 7, gradient>, run_part<T, 8, gradient>};
-    return known[d <= kKnown ? d : 0];
 }
 
 // y [n, d] -> u [d][stride].
@@ -389,9 +333,9 @@ void scale_points(const T* y, const Points<T>& points, double scale, T* u) {
 template <class T>
 void write_sums(const double* totals, const Points<T>& points, double scale, int64_t begin, int64_t end, T* sums) {
     for (int64_t c = 0; c <= points.d; ++c) {
+        const double* total = totals + (c < points.d ? c + 1 : 0) * points.stride;
         const double back = c < points.d ? 1 / scale : 1;
-        for (int64_t i = begin; i < end; ++i)
-            sums[i * (points.d + 1) + c] = static_cast<T>(totals[c * points.stride + i] * back);
+        for (int64_t i = begin; i < end; ++i) sums[i * (points.d + 1) + c] = static_cast<T>(total[i] * back);
     }
 }
 
@@ -411,8 +355,8 @@ constexpr int64_t kTogether = 512;        // points whose parts are added by one
 int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
 
 template <class T>
-int forward(const T* y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads, double* pairs,
-            T* sums) {
+int forward(const T* y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,
+            double* pairs, T* sums) {
     constexpr int64_t lanes = Type<T>::lanes;
     constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));  // numbers in a cache line
     if (replicas < 0 || n < 1 || d < 1) return kBadSize;
@@ -424,14 +368,14 @@ int forward(const T* y, int64_t replicas, int64_t n, int64_t d, double beta, int
     const int64_t components = gradient ? d + 1 : 1;
     const int64_t parts = n < 512 ? 1 : n < 2048 ? 4 : 16;
     const int64_t tile = tile_strips<T>(d) + 1;
-    const Part<T> run = gradient ? choose<T, true>(d) : choose<T, false>(d);
+    const auto run = gradient ? run_part<T, true> : run_part<T, false>;
 
     const bool whole = parts == 1;  // replicas are shared out among the threads, else the parts of one after another
     const bool shared = replicas * (n * n / 2) >= kWorthThreads;
     const int64_t threads = shared && num_threads > 1 ? least(num_threads, whole ? replicas : parts) : 1;
     const int64_t size_u = d * stride;
     const int64_t size_columns = gradient ? components * tile * lanes : 0;
-    const int64_t size_kernel = gradient && d > kKnown ? kRowsAny * tile * lanes : 0;
+    const int64_t size_kernel = gradient ? kRows * tile * lanes : 0;
     const int64_t size_thread = size_columns + size_kernel + (whole ? size_u : 0);
     const int64_t size_totals = components * stride;
     const int64_t size = threads * size_thread + (whole ? 0 : size_u) + 4 * line;
@@ -454,7 +398,7 @@ int forward(const T* y, int64_t replicas, int64_t n, int64_t d, double beta, int
             for (int64_t r = next++; r < replicas; r = next++) {
                 scale_points(y + r * n * d, points, scale, u);
                 run(points, 0, 1, {mine, space(slot), space(slot) + size_columns});
-                pairs[r] = add_up(mine + (components - 1) * stride, n);
+                pairs[r] = add_up(mine, n);
                 if (gradient) write_sums(mine, points, scale, 0, n, sums + r * n * (d + 1));
             }
         }
@@ -480,7 +424,7 @@ int forward(const T* y, int64_t replicas, int64_t n, int64_t d, double beta, int
             }
             if (gradient) write_sums(totals.get(), points, scale, begin, end, sums + r * n * (d + 1));
         }
-        pairs[r] = add_up(totals.get() + (components - 1) * stride, n);
+        pairs[r] = add_up(totals.get(), n);
     }
     return kOk;
 }
