@@ -35,7 +35,7 @@ def whiten(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = centred.square().mean(-2, keepdim=True).sqrt()
     constant = scale <= 10 * eps * mean.abs()
     unit = torch.where(constant, torch.ones_like(scale), scale)
-    standard = torch.where(constant, torch.zeros_like(z), centred / unit)
+    standard = centred / torch.where(constant, torch.full_like(scale, math.inf), scale)
     correlation = standard.mT @ standard / n
     identity = torch.eye(d, dtype=z.dtype, device=z.device)
     # A replica that holds NaN must not stop the others: eigenvalue routines fail on NaN, and its y carries the NaN on.
@@ -94,7 +94,7 @@ def forward(z: Tensor, beta: float, gradient: bool, pair_sums: PairSums = pair_s
     moment = y.mT @ plain
     through = plain - plain.mean(-2, keepdim=True) - y @ (moment + moment.mT) / (2 * n)
     result = torch.linalg.solve_triangular(factor.mT, through.mT, upper=True).mT
-    return value, torch.where(singular[:, None, None], torch.zeros_like(result), result).contiguous()
+    return value, result.masked_fill_(singular[:, None, None], 0).contiguous()
 
 
 def null_distribution(n: int, d: int, beta: float) -> tuple[float, float]:
