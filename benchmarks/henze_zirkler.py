@@ -1,9 +1,8 @@
 """W5a: the Henze-Zirkler statistic and its gradient, float32, against torch.compile and torch eager.
 
-Peers start where the kernel does and share its whitening: what differs is the sums over pairs. Each form of them is tried
-in two ways: gradient sums taken in the forward pass, from distances by coordinate or by matrix products, eager and compiled,
-over all replicas at once or one after another. JAX is no dependency and left out: it is slower than the compiled peers
-here. No peer uses the symmetry of the pairs.
+Peers start where the kernel does and share its whitening: what differs is the sums over pairs, all of them with the
+gradient's sums taken in the forward pass: by coordinate or by matrix products, eager or compiled, over all replicas at once
+or one after another. No peer uses the symmetry of the pairs. JAX is not installed with libi_fast and so not among them.
 """
 
 from __future__ import annotations
