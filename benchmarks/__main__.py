@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import accuracy, log_mean_exp, report
+from benchmarks import accuracy, henze_zirkler, log_mean_exp, report
 
 WHAT = {
     "log_mean_exp": log_mean_exp.run,
+    "henze_zirkler": henze_zirkler.run,
     "linear_jtex": lambda: accuracy.linear("LinearJTEx"),
     "gaussian": lambda: accuracy.linear("Gaussian"),
     "digits": accuracy.digits,

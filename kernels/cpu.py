@@ -23,7 +23,7 @@ _ERRORS = {
     2: "a row, block, repetition (2**32), replica (2**24) or stream (256) is out of the counter's range",
     3: "out of memory",
 }
-_Pointer, _Int64, _Int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_Pointer, _Int64, _Int, _Double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 _DRAWS = [ctypes.c_uint64, _Pointer, *[_Int64] * 7, _Int]  # LIBI_DRAWS in entry_points.hpp
 _SIGNATURES = {
     "philox_words": [*_DRAWS, _Pointer],
@@ -31,6 +31,7 @@ _SIGNATURES = {
     "philox_normal": [*_DRAWS, _Pointer],
     "log_mean_exp": [_Pointer, _Int64, _Int64, _Int, _Pointer],
     "log_mean_exp_backward": [_Pointer, _Pointer, _Pointer, _Int64, _Int64, _Int, _Pointer],
+    "henze_zirkler_pairs": [_Pointer, _Int64, _Int64, _Int64, _Double, _Int, _Int, _Pointer, _Pointer],
 }
 _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64", torch.int64: ""}
 
@@ -88,7 +89,7 @@ def openmp() -> bool:
     return library is not None and bool(library.libi_openmp())
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: int) -> None:
+def _call(name: str, dtype: torch.dtype, *arguments: float) -> None:
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"libi_fast's compiled library is not available: {reason}")
@@ -180,3 +181,15 @@ def log_mean_exp_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
     threads = torch.get_num_threads()
     _call("log_mean_exp_backward", x.dtype, *pointers, rows, samples, threads, result.data_ptr())
     return result
+
+
+def henze_zirkler_pairs(y: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """k_ij = exp(-beta^2/2 |y_i - y_j|^2) of [R, n, d]: sum_ij k_ij in float64 [R], and sum_j k_ij [y_j, 1] [R, n, d+1]."""
+    replicas, n, d = y.shape
+    y = y.contiguous()
+    pairs = torch.empty(replicas, dtype=torch.float64)
+    sums = torch.empty((replicas, n, d + 1), dtype=y.dtype) if gradient else None
+    results = (pairs.data_ptr(), 0 if sums is None else sums.data_ptr())
+    threads = torch.get_num_threads()
+    _call("henze_zirkler_pairs", y.dtype, y.data_ptr(), replicas, n, d, beta, int(gradient), threads, *results)
+    return pairs, sums

@@ -28,7 +28,15 @@
     X(log_mean_exp_backward_f64,                                                                                      \
       (const double *grad, const double *x, const double *out, int64_t rows, int64_t samples, int num_threads,        \
        double *grad_x),                                                                                               \
-      (grad, x, out, rows, samples, num_threads, grad_x))
+      (grad, x, out, rows, samples, num_threads, grad_x))                                                             \
+    X(henze_zirkler_pairs_f32,                                                                                        \
+      (const float *y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,            \
+       double *pairs, float *sums),                                                                                   \
+      (y, replicas, n, d, beta, gradient, num_threads, pairs, sums))                                                  \
+    X(henze_zirkler_pairs_f64,                                                                                        \
+      (const double *y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,           \
+       double *pairs, double *sums),                                                                                  \
+      (y, replicas, n, d, beta, gradient, num_threads, pairs, sums))
 
 namespace libi {
 

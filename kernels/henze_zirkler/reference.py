@@ -10,6 +10,7 @@ and 4n where S is singular. The null distribution's mean and variance are the pa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def whiten(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = centred.square().mean(-2, keepdim=True).sqrt()
     constant = scale <= 10 * eps * mean.abs()
     unit = torch.where(constant, torch.ones_like(scale), scale)
-    standard = torch.where(constant, torch.zeros_like(z), centred / unit)
+    standard = centred / torch.where(constant, torch.full_like(scale, math.inf), scale)
     correlation = standard.mT @ standard / n
     identity = torch.eye(d, dtype=z.dtype, device=z.device)
     # A replica that holds NaN must not stop the others: eigenvalue routines fail on NaN, and its y carries the NaN on.
@@ -46,16 +47,10 @@ def whiten(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y, unit.mT * factor, singular
 
 
-def forward(z: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor]:
-    """[R, n, d] -> HZ [R] and, if asked for, d HZ / d z [R, n, d] from the same pass over the pairs (else [R, 0, d]).
-
-    Where singular the gradient is zero: HZ is the constant 4n there. HZ is unchanged by affine maps of z, so the gradient may
-    be taken at y, where mean and covariance are 0 and I, and carried back with the factor. There a step e_j moves the whitened
-    y_i by e_i - mean(e) - (1/2n) sum_j (y_j e_j' + e_j y_j') y_i.
-    """
-    replicas, n, d = z.shape
+def pair_sums(y: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """k_ij = exp(-b^2/2 |y_i - y_j|^2) of [R, n, d]: sum_ij k_ij [R] and, if asked for, sum_j k_ij [y_j, 1] [R, n, d+1]."""
     b2 = beta * beta
-    y, factor, singular = whiten(z)
+    replicas, n, _ = y.shape
     square = y.square().sum(-1, keepdim=True)
     one = torch.ones_like(square)
     # [y, -|y|^2/2, 1] . [y, 1, -|y|^2/2] = -|y_i - y_j|^2 / 2, and the kernel times [y, 1] is all that the gradient needs.
@@ -72,8 +67,26 @@ def forward(z: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor]:
         else:
             sums[:, rows] = kernel @ torch.cat((y, one), -1)
             pairs += sums[:, rows, -1].sum(-1)
-    single = (-b2 / (2 * (1 + b2)) * square).exp()
-    value = pairs / n - 2 * (1 + b2) ** (-d / 2) * single.sum((-2, -1)) + n * (1 + 2 * b2) ** (-d / 2)
+    return pairs, sums
+
+
+PairSums = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
+
+
+def forward(z: Tensor, beta: float, gradient: bool, pair_sums: PairSums = pair_sums) -> tuple[Tensor, Tensor]:
+    """[R, n, d] -> HZ [R] and, if asked for, d HZ / d z [R, n, d] from the same pass over the pairs (else [R, 0, d]).
+
+    Where singular the gradient is zero: HZ is the constant 4n there. HZ is unchanged by affine maps of z, so the gradient may
+    be taken at y, where mean and covariance are 0 and I, and carried back with the factor. There a step e_j moves the whitened
+    y_i by e_i - mean(e) - (1/2n) sum_j (y_j e_j' + e_j y_j') y_i.
+    """
+    replicas, n, d = z.shape
+    b2 = beta * beta
+    y, factor, singular = whiten(z)
+    pairs, sums = pair_sums(y, beta, gradient)  # pairs may be more precise than y: HZ is a small difference
+    single = (-b2 / (2 * (1 + b2)) * y.square().sum(-1, keepdim=True)).exp()
+    once = single.sum((-2, -1), dtype=pairs.dtype)
+    value = (pairs / n - 2 * (1 + b2) ** (-d / 2) * once + n * (1 + 2 * b2) ** (-d / 2)).to(z.dtype)
     value = torch.where(singular, torch.full_like(value, 4 * n), value)
     if sums is None:
         return value, z.new_empty((replicas, 0, d))
@@ -81,7 +94,7 @@ def forward(z: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor]:
     moment = y.mT @ plain
     through = plain - plain.mean(-2, keepdim=True) - y @ (moment + moment.mT) / (2 * n)
     result = torch.linalg.solve_triangular(factor.mT, through.mT, upper=True).mT
-    return value, torch.where(singular[:, None, None], torch.zeros_like(result), result).contiguous()
+    return value, result.masked_fill_(singular[:, None, None], 0).contiguous()
 
 
 def null_distribution(n: int, d: int, beta: float) -> tuple[float, float]:

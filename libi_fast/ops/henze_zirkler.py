@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
+from libi_fast.kernels import cpu as native
 from libi_fast.kernels.henze_zirkler import reference
 from libi_fast.kernels.henze_zirkler.reference import whiten
 from libi_fast.ops import _library as lib
@@ -24,7 +25,10 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], z: Tensor, *rest: Any):
 _forward: Any = lib.define(
     "henze_zirkler",
     "(Tensor z, float beta, bool gradient, str backend) -> (Tensor, Tensor)",
-    {"reference": reference.forward},
+    {
+        "reference": reference.forward,
+        "cpu": lambda z, beta, gradient: reference.forward(z, beta, gradient, native.henze_zirkler_pairs),
+    },
     lambda z, beta, gradient: (z.new_empty(z.shape[:1]), z.new_empty((z.shape[0], z.shape[1] * gradient, z.shape[2]))),
     _vmap,
 )
