@@ -115,19 +115,20 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
             axis.set_ylim(min(settled) - margin, max(settled) + margin)
         axis.set(title=name, xlabel="epoch", ylabel="objective (nats)")
         axis.grid(alpha=0.3)
-    _training_legend(figure, max(map(len, phases.values()), default=1))
+    held_out = any("validation" in record for record in history)
+    _training_legend(figure, max(map(len, phases.values()), default=1), held_out)
     return figure
 
 
-def _training_legend(figure: Figure, repeats: int) -> None:
+def _training_legend(figure: Figure, repeats: int, held_out: bool) -> None:
     """What styles and colours mean, under all panels."""
     from matplotlib.lines import Line2D
 
-    entries: list[tuple[str, str, Any]] = [
-        ("training rows", "0.2", "-"),
-        ("held-out rows", "0.2", "--"),
-        ("other restarts, candidates", "0.75", "-"),
-    ]
+    colour = "0.2" if repeats > 1 else CURVE_COLOURS[0]  # with repeats the colours tell them apart
+    entries: list[tuple[str, str, Any]] = [("training rows", colour, "-")]
+    if held_out:
+        entries.append(("held-out rows", colour, "--"))
+    entries.append(("other restarts, candidates", "0.75", "-"))
     if repeats > 1:
         entries += [(f"repeat {i + 1}", CURVE_COLOURS[i % len(CURVE_COLOURS)], "-") for i in range(repeats)]
     handles = [Line2D([], [], color=colour, linestyle=style, label=label) for label, colour, style in entries]

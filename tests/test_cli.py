@@ -252,6 +252,17 @@ def test_an_interruption_says_that_nothing_was_written(tmp_path, capsys, table, 
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_evaluation_keeps_the_training(tmp_path, capsys, table, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lf.LiBI, "log_likelihood", interrupted)
+        assert main(["fit", table, "--out", str(tmp_path / "run"), *FAST]) == 130
+    assert capsys.readouterr().err == f"libi-fast: interrupted, {tmp_path / 'run'} was written without an evaluation\n"
+    assert main(["evaluate", str(tmp_path / "run"), table, "--num-samples", "50"]) == 0
+
+
 def test_a_bug_keeps_its_traceback(tmp_path, table, monkeypatch):
     monkeypatch.setattr(lf.LiBI, "fit", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -12,6 +12,7 @@ import numpy as np
 import pingouin
 import pytest
 import torch
+from common import points
 from scipy import stats
 from torch import Tensor
 
@@ -27,15 +28,6 @@ COMPILED = pytest.mark.skipif(not native.available(), reason="no compiled librar
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with lf.use_backend(request.param):
         yield request.param
-
-
-def points(n: int, d: int, kind: str = "normal", dtype: torch.dtype = torch.float64) -> Tensor:
-    z = torch.randn(n, d, dtype=dtype)
-    if kind == "skewed":
-        z = z.exp()
-    if kind == "correlated":
-        z = z @ torch.randn(d, d, dtype=dtype) + 3
-    return z
 
 
 def direct(z: np.ndarray, beta: float | None = None) -> float:

@@ -164,6 +164,7 @@ def test_errors_are_as_small_as_reported(fitted: tuple[lf.LatentVariableModel, T
     error = torch.cat([f.log_likelihood - exact for f in found])
     reported = torch.cat([f.standard_error for f in found])
     share = float((error.abs() < 2 * reported).double().mean())
+    print(f"{x.shape[1]} columns: {share:.1%} of {len(error)} errors under 2 standard errors")  # shown by pytest -rP
     assert share >= 0.95
     assert share < 0.9545 + 4 * math.sqrt(0.9545 * 0.0455 / len(error)), "reported standard errors are too large"
     # E log(mean w) = log p - var / 2 + O(S^-2): with the known term taken out, no bias may be left.
@@ -552,6 +553,7 @@ def memory(samples: int, backward: bool = False, arbitrary: bool = False) -> flo
     command = [sys.executable, "-c", _MEMORY, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    print(f"{' '.join(arguments)}: {float(done.stdout):.0f} MB")  # shown by pytest -rP
     return float(done.stdout)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import points
 from torch import Tensor
 
 from libi_fast.kernels import cpu as native
@@ -18,15 +19,6 @@ from libi_fast.ops.henze_zirkler import henze_zirkler_statistic
 
 if not native.available():
     pytest.skip(f"no compiled library: {native.why_unavailable()}", allow_module_level=True)
-
-
-def points(n: int, d: int, kind: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    z = torch.randn(n, d, dtype=dtype)
-    if kind == "skewed":
-        z = z.exp()
-    if kind == "correlated":
-        z = z @ torch.randn(d, d, dtype=dtype) + 3
-    return z
 
 
 SIZES = [(2, 1), (15, 1), (16, 2), (17, 2), (100, 3), (500, 2), (511, 8), (513, 4), (700, 9), (300, 17), (2500, 2), (2100, 8)]

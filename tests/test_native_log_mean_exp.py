@@ -6,11 +6,10 @@ import hashlib
 import math
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from common import check_same_bits_for_any_number_of_threads, check_same_bits_for_instruction_set
 from torch import Tensor
 
 from libi_fast.kernels import cpu
@@ -118,29 +117,12 @@ def digest() -> str:
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(digest())
-    finally:
-        torch.set_num_threads(before)
-    assert len(set(found)) == 1
+    check_same_bits_for_any_number_of_threads(digest)
 
 
 @pytest.mark.parametrize("isa", ["generic", "v3", "v4"])
 def test_same_bits_for_every_instruction_set(isa: str) -> None:
-    program = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n" + (
-        "import test_native_log_mean_exp as t; print(t.cpu.isa(), t.digest())"
-    )
-    environment = {**os.environ, "LIBI_FAST_ISA": isa}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", program]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
-    used, found = output.split()
-    if used != isa:
-        pytest.skip(f"this machine has no {isa}")
-    assert found == digest()
+    check_same_bits_for_instruction_set(isa, "test_native_log_mean_exp", digest)
 
 
 @pytest.mark.slow

@@ -1,0 +1,48 @@
+"""What several test modules share: sample points, and the checks that compiled kernels give the same bits everywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def points(n: int, d: int, kind: str = "normal", dtype: torch.dtype = torch.float64) -> Tensor:
+    """[n, d] of a kind: normal, skewed or correlated."""
+    z = torch.randn(n, d, dtype=dtype)
+    if kind == "skewed":
+        z = z.exp()
+    if kind == "correlated":
+        z = z @ torch.randn(d, d, dtype=dtype) + 3
+    return z
+
+
+def check_same_bits_for_any_number_of_threads(digest: Callable[[], str]) -> None:
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(digest())
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
+
+
+def check_same_bits_for_instruction_set(isa: str, module: str, digest: Callable[[], str]) -> None:
+    """``module`` (a test module with ``cpu`` and ``digest``) in a process that asks for ``isa`` against ``digest()`` here."""
+    program = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n" + (
+        f"import {module} as t; print(t.cpu.isa(), t.digest())"
+    )
+    environment = {**os.environ, "LIBI_FAST_ISA": isa}
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", program]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+    used, found = output.split()
+    if used != isa:
+        pytest.skip(f"this machine has no {isa}")
+    assert found == digest()
