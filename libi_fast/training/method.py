@@ -219,15 +219,15 @@ class Method:
         self._check_epochs(epochs)
         key = as_seed(seed)
         like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
-        raw = Batches(train, batch_size, 0, like.double(), lambda x: x).rows if standardize else None
-        standardizer = None if raw is None else Standardizer.fit(raw, columns)
+        # Columns are standardised before they lose digits to the model's dtype.
+        as_given = like.double() if standardize else like
+        batches = Batches(train, batch_size, int(key) & (2**63 - 1), as_given)
+        standardizer = Standardizer.fit(batches.rows, columns) if standardize else None
 
         def inward(x: Tensor) -> Tensor:
             return self._inward(x, standardizer)
 
-        # Columns are standardised before they lose digits to the model's dtype.
-        as_given = like if raw is None else like.double()
-        batches = Batches(train, batch_size, int(key) & (2**63 - 1), as_given, inward)
+        batches.apply(inward)
         held_out = batches.rows if validation is None else inward(as_rows(validation, as_given, "validation"))
         if held_out.shape[1] != batches.rows.shape[1]:
             raise InputError(f"validation has {held_out.shape[1]} columns but train has {batches.rows.shape[1]}")

@@ -24,8 +24,9 @@ class Batches:
 
     LOOK = 20_000  # rows of a DataLoader that statistics at the start look at
 
-    def __init__(self, data: Any, batch_size: int | None, seed: int, like: Tensor, transform: Callable[[Tensor], Tensor]):
-        self.like, self.transform = like, transform
+    def __init__(self, data: Any, batch_size: int | None, seed: int, like: Tensor):
+        self.like = like
+        self.transform: Callable[[Tensor], Tensor] = lambda rows: rows
         self.loader: DataLoader | None = None
         if isinstance(data, DataLoader):
             if batch_size is not None:
@@ -38,7 +39,7 @@ class Batches:
         if self.loader is not None:
             self.rows = self._look()
         else:
-            self.rows = self.prepare(as_rows(data, like, "train"))
+            self.rows = as_rows(data, like, "train")
         if self.rows.shape[0] < 2:
             raise InputError(f"train must hold at least 2 rows, got {self.rows.shape[0]}")
         self.batch_size = batch_size
@@ -47,8 +48,10 @@ class Batches:
         self.generator = torch.Generator().manual_seed(seed)
         self.least = 1
 
-    def prepare(self, rows: Tensor) -> Tensor:
-        return self.transform(rows)
+    def apply(self, transform: Callable[[Tensor], Tensor]) -> None:
+        """From now on rows come transformed; once only, before the first epoch."""
+        self.transform = transform
+        self.rows = transform(self.rows)
 
     def _look(self) -> Tensor:
         seen, count = [], 0
@@ -59,7 +62,7 @@ class Batches:
                 break
         if not seen:
             raise InputError("train gives no batch")
-        return self.prepare(torch.cat(seen))
+        return torch.cat(seen)
 
     def epoch(self) -> Iterator[Tensor]:
         """Batches of one epoch; one smaller than ``least`` (the last of a loader) is left out."""
@@ -67,7 +70,7 @@ class Batches:
             for batch in self.loader:
                 rows = as_rows(_first(batch), self.like, "a batch of train")
                 if len(rows) >= self.least:
-                    yield self.prepare(rows)
+                    yield self.transform(rows)
         elif self.batch_size is None:
             yield self.rows
         else:
