@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError, FloatingPointError) as error:  # the last: training that diverged
         print(f"libi-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("libi-fast: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"libi-fast: interrupted, {stop if stop.args else 'nothing was written'}", file=sys.stderr)
         return 130
 
 
@@ -71,10 +71,13 @@ def _fit(options: argparse.Namespace) -> None:
         "rows": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
         "seed": options.data_seed,
     }
-    # Saved before the evaluation, so that nothing that happens there can lose the training.
-    runs.save(method, options.out, force=options.force, data=notes)
-    result = _log_likelihood(method, dataset.test, options)
-    runs.save(method, options.out, force=True, data={**notes, "test": _summary(result)})
+    try:
+        result = _log_likelihood(method, dataset.test, options)
+        notes["test"] = _summary(result)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{options.out} was written without an evaluation") from stop
+    finally:  # whatever happens to the evaluation, the training is kept
+        runs.save(method, options.out, force=options.force, data=notes)
     if not options.quiet:
         title = f"{type(method).__name__} on {dataset.name}: {len(dataset.test)} held-out rows"
         _print_likelihood(title, result, options, caption=f"run folder: {options.out}")
