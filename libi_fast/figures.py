@@ -115,8 +115,8 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
             axis.set_ylim(min(settled) - margin, max(settled) + margin)
         axis.set(title=name, xlabel="epoch", ylabel="objective (nats)")
         axis.grid(alpha=0.3)
-    held_out = any("validation" in record for record in history)
-    _training_legend(figure, max(map(len, phases.values()), default=1), held_out)
+    has_held_out = any("validation" in record for record in history)
+    _training_legend(figure, max(map(len, phases.values()), default=1), has_held_out)
     return figure
 
 
