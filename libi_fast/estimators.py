@@ -167,7 +167,7 @@ def log_likelihood(
     tail = tail_length(num_samples) + 1 if pareto and num_samples else 0
     settings = op.Settings(
         num_samples, gradient, min(tail, num_samples), first_row, 0, Stream.PROPOSAL,
-        op.DEFAULT_CHUNK if chunk_size is None else chunk_size, lib.current_backend(backend),
+        op.DEFAULT_CHUNK if chunk_size is None else chunk_size, precision, lib.current_backend(backend),
     )  # fmt: skip
     op.check_settings(settings)
     if first_row + x.shape[0] > random.INDEX_LIMIT or num_samples * model.latent_dim > 4 * random.INDEX_LIMIT:

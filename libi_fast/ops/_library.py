@@ -17,6 +17,7 @@ from torch import Tensor
 
 from libi_fast.errors import InputError
 from libi_fast.kernels import cpu as native
+from libi_fast.kernels import gpu
 
 NAMESPACE = "libi_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -32,12 +33,14 @@ def define(
     implementations: dict[str, Callable[..., Any]],
     fake: Callable[..., Any],
     vmap: Callable[..., Any] | None = None,
+    limits: dict[str, Callable[..., str | None]] | None = None,
 ) -> Any:
-    """Register ``libi_fast::name``. The schema's last argument is ``str backend``, which picks the implementation."""
+    """Register ``libi_fast::name``. The schema's last argument is ``str backend``, which picks the implementation.
+    ``limits`` holds, for a backend that does not take everything, what says why it does not take these arguments."""
 
     def dispatch(*args: Any) -> Any:
         *arguments, backend = args
-        return implementations[_choose(name, implementations, backend, arguments)](*arguments)
+        return implementations[_choose(name, implementations, limits or {}, backend, arguments)](*arguments)
 
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
@@ -84,14 +87,33 @@ def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..
     return decorate
 
 
-def _choose(name: str, implementations: dict[str, Any], backend: str, arguments: Sequence[Any]) -> str:
+def _choose(
+    name: str,
+    implementations: dict[str, Any],
+    limits: dict[str, Callable[..., str | None]],
+    backend: str,
+    arguments: Sequence[Any],
+) -> str:
+    tensors = [t for a in arguments for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, Tensor)]
+
+    def refusal(candidate: str) -> str | None:
+        if candidate == "cpu" and not native.available():
+            return f"the compiled library is missing: {native.why_unavailable()}"
+        if candidate == "triton" and not gpu.serves(*tensors):
+            found = ", ".join(sorted({str(t.device) for t in tensors}))
+            return gpu.why_unavailable() or f"it takes tensors on one GPU, got {found}"
+        return limits[candidate](*arguments) if candidate in limits else None
+
     if not backend:
-        on_cpu = all(a.device.type == "cpu" for a in arguments if isinstance(a, Tensor))
-        return "cpu" if "cpu" in implementations and on_cpu and native.available() else "reference"
+        first = "triton" if tensors and all(t.is_cuda for t in tensors) else "cpu"
+        on_cpu = all(t.device.type == "cpu" for t in tensors)
+        serves = first in implementations and (first == "triton" or on_cpu) and refusal(first) is None
+        return first if serves else "reference"
     if backend not in implementations:
         raise InputError(f"{name} has no {backend!r} backend; it has {', '.join(map(repr, implementations))}")
-    if backend == "cpu" and not native.available():
-        raise InputError(f"backend 'cpu' was asked for, but the compiled library is missing: {native.why_unavailable()}")
+    reason = refusal(backend)
+    if reason is not None:
+        raise InputError(f"backend {backend!r} was asked for {name}, but {reason}")
     return backend
 
 
@@ -165,8 +187,11 @@ def check_index(name: str, value: int, limit: int) -> None:
 
 
 def values_known(value: Tensor) -> bool:
-    """Whether a check may look at the values: not while a compiler traces, nor inside a torch.func transform."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_get_level(value) < 0
+    """Whether a check may look at the values: not while a compiler traces or a CUDA graph is captured, nor inside a torch.func
+    transform."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_get_level(value) >= 0:
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_finite(name: str, value: Tensor) -> None:

@@ -54,6 +54,7 @@ class Settings(NamedTuple):
     repetition: int = 0
     stream: int = Stream.PROPOSAL
     chunk_size: int = DEFAULT_CHUNK
+    precision: str = "ieee"
     backend: str = ""
 
     def draws(self, seed: Tensor, replicas: Tensor) -> Draws:
@@ -81,7 +82,7 @@ class Layers(NamedTuple):
 _DECODER_SCHEMA = "Tensor[] parameters, Tensor variance, str activations, bool[] has_bias, str likelihood, "
 _DRAWS_SCHEMA = (
     "Tensor seed, Tensor replicas, SymInt num_samples, str gradient, SymInt tail, SymInt first_row, SymInt repetition, "
-    "int stream, SymInt chunk_size, str backend"
+    "int stream, SymInt chunk_size, str precision, str backend"
 )
 
 
@@ -97,18 +98,49 @@ def _reference_forward(x, mean, log_scale, *rest):
     return reference.forward(x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.tail, chosen.chunk_size)
 
 
-def _reference_backward(grad, log_likelihood, x, mean, log_scale, parameters, *rest):
+def _reference_backward(grad, log_likelihood, wanted, x, mean, log_scale, parameters, *rest):
     decoder, chosen, draws = _unpack(parameters, *rest)
     to_x, to_mean, to_scale, to_weights, to_biases, to_variance = reference.backward(
         grad, log_likelihood, x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.gradient, chosen.chunk_size
     )
-    flat = []
-    for weight, bias, has in zip(to_weights, to_biases, rest[2], strict=True):
-        flat += [weight, bias] if has else [weight]
-    # Tensors shared by all replicas take the sum.
-    to_parameters = [g.sum_to_size(p.shape).contiguous() for g, p in zip(flat, parameters, strict=True)]
-    to_x = to_x.sum_to_size(x.shape).contiguous()
-    return to_x, to_mean, to_scale, to_parameters, to_variance.sum_to_size(rest[0].shape).contiguous()
+    return _shared(x, to_x, to_mean, to_scale, parameters, _flat(to_weights, to_biases, rest[2]), rest[0], to_variance)
+
+
+def _flat(weights, biases, has_bias):
+    """In the order in which a decoder's tensors travel."""
+    pairs = zip(weights, biases, has_bias, strict=True)
+    return [t for weight, bias, has in pairs for t in ([weight, bias] if has else [weight])]
+
+
+def _shared(x, to_x, to_mean, to_scale, parameters, to_parameters, variance, to_variance):
+    """Tensors shared by all replicas take the sum."""
+    summed = [g.sum_to_size(p.shape).contiguous() for g, p in zip(to_parameters, parameters, strict=True)]
+    return (
+        to_x.sum_to_size(x.shape).contiguous(), to_mean, to_scale, summed,
+        to_variance.sum_to_size(variance.shape).contiguous(),
+    )  # fmt: skip
+
+
+def _triton_forward(x, mean, log_scale, *rest):
+    from libi_fast.kernels.importance import gpu
+
+    decoder, chosen, draws = _unpack(*rest)
+    return gpu.forward(x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.tail, chosen.precision)
+
+
+def _triton_backward(grad, log_likelihood, wanted, x, mean, log_scale, parameters, *rest):
+    from libi_fast.kernels.importance import gpu
+
+    decoder, chosen, draws = _unpack(parameters, *rest)
+    to_x, to_mean, to_scale, to_weights, to_biases, to_variance = gpu.backward(
+        grad, log_likelihood, x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.gradient, chosen.precision, wanted
+    )
+    return _shared(x, to_x, to_mean, to_scale, parameters, _flat(to_weights, to_biases, rest[2]), rest[0], to_variance)
+
+
+def _float32_only(*arguments):
+    tensors = [t for t in arguments if isinstance(t, Tensor) and t.is_floating_point()]
+    return None if all(t.dtype == torch.float32 for t in tensors) else "it computes in float32"
 
 
 def _fake_forward(x, mean, log_scale, parameters, variance, activations, has_bias, likelihood, seed, replicas,
@@ -117,7 +149,7 @@ def _fake_forward(x, mean, log_scale, parameters, variance, activations, has_bia
     return mean.new_empty(shape), mean.new_empty(shape), mean.new_empty((*shape, tail))
 
 
-def _fake_backward(grad, log_likelihood, x, mean, log_scale, parameters, variance, *rest):
+def _fake_backward(grad, log_likelihood, wanted, x, mean, log_scale, parameters, variance, *rest):
     return (
         x.new_empty(x.shape), mean.new_empty(mean.shape), mean.new_empty(log_scale.shape),
         [p.new_empty(p.shape) for p in parameters], variance.new_empty(variance.shape),
@@ -158,8 +190,8 @@ def _vmap_forward(info: Any, in_dims: Any, *arguments: Any) -> Any:
 
 def _vmap_backward(info: Any, in_dims: Any, *arguments: Any) -> Any:
     folded, count = _fold(info, in_dims, arguments)
-    x, parameters, variance = arguments[2], arguments[5], arguments[6]
-    dims = _dims(in_dims[5], parameters)
+    x, parameters, variance = arguments[3], arguments[6], arguments[7]
+    dims = _dims(in_dims[6], parameters)
     to_x, to_mean, to_scale, to_parameters, to_variance = _backward(*folded)
 
     def unfold(grad: Tensor, like: Tensor, dim: int | None) -> Tensor:
@@ -167,10 +199,10 @@ def _vmap_backward(info: Any, in_dims: Any, *arguments: Any) -> Any:
         return grad.unflatten(0, (info.batch_size, count)).sum_to_size(shape)
 
     grads = (
-        unfold(to_x, x, in_dims[2]), to_mean.unflatten(0, (info.batch_size, count)),
+        unfold(to_x, x, in_dims[3]), to_mean.unflatten(0, (info.batch_size, count)),
         to_scale.unflatten(0, (info.batch_size, count)),
         [unfold(g, p, d) for g, p, d in zip(to_parameters, parameters, dims, strict=True)],
-        unfold(to_variance, variance, in_dims[6]),
+        unfold(to_variance, variance, in_dims[7]),
     )  # fmt: skip
     return grads, (0, 0, 0, [0] * len(parameters), 0)
 
@@ -178,17 +210,19 @@ def _vmap_backward(info: Any, in_dims: Any, *arguments: Any) -> Any:
 _forward = lib.define(
     "importance",
     f"(Tensor x, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}{_DRAWS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    {"reference": _reference_forward},
+    {"reference": _reference_forward, "triton": _triton_forward},
     _fake_forward,
     _vmap_forward,
+    {"triton": _float32_only},
 )
 _backward = lib.define(
     "importance_backward",
-    f"(Tensor grad, Tensor log_likelihood, Tensor x, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}{_DRAWS_SCHEMA})"
-    " -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
-    {"reference": _reference_backward},
+    f"(Tensor grad, Tensor log_likelihood, bool[] wanted, Tensor x, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}"
+    f"{_DRAWS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
+    {"reference": _reference_backward, "triton": _triton_backward},
     _fake_backward,
     _vmap_backward,
+    {"triton": _float32_only},
 )
 
 
@@ -215,8 +249,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *ignored: Any):
         log_likelihood, x, mean, log_scale, variance, seed, replicas, *parameters = ctx.saved_tensors
         layers = ctx.layers
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[3]]  # x and variance: kernels leave out what nobody reads
         to_x, to_mean, to_scale, to_parameters, to_variance = _backward(
-            grad, log_likelihood, x, mean, log_scale, parameters, variance, ",".join(layers.activations),
+            grad, log_likelihood, wanted, x, mean, log_scale, parameters, variance, ",".join(layers.activations),
             list(layers.has_bias), layers.likelihood, seed, replicas, *ctx.settings,
         )  # fmt: skip
         return to_x, to_mean, to_scale, to_variance, None, None, None, None, *to_parameters

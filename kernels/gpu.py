@@ -1,0 +1,46 @@
+"""What every Triton kernel's launcher needs: whether Triton serves here, and the device of a launch.
+
+Importing this asks neither for Triton nor for a GPU; the `gpu.py` of an operation imports Triton and is itself imported when it
+is first called. `TRITON_INTERPRET=1`, set before that, runs the kernels on CPU tensors in Triton's interpreter, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """One line saying why Triton kernels do not serve, or None where they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not (interpreted() or torch.cuda.is_available()):
+        return "torch sees no GPU"
+    return None
+
+
+def available() -> bool:
+    """Whether Triton kernels serve here."""
+    return why_unavailable() is None
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether all tensors lie where a Triton kernel can reach them."""
+    kind = "cpu" if interpreted() else "cuda"
+    return available() and all(t.device.type == kind for t in tensors)
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The context of a launch: the tensor's GPU is the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,38 @@
+"""The fused importance-weighted log-likelihood in Triton: which kernels a decoder takes.
+
+* gpu_narrow: at most one hidden layer, at most 8 latents and 8 outputs: one kernel, a sample's values stay in registers;
+* gpu_wide: any other chain: layer after layer over a workspace of fixed size.
+
+The rule looks at the decoder's shape alone, so that it gives the same numbers on every card. kernels/importance/reference.py
+has the formulas.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from libi_fast.kernels import gpu
+from libi_fast.kernels.importance import gpu_narrow, gpu_wide
+from libi_fast.kernels.importance.reference import Decoder, Draws
+
+
+def forward(
+    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, num_samples: int, tail: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes as in reference.forward, float32; ``precision`` is that of the wide kernels' products."""
+    with gpu.device_of(x):
+        if gpu_narrow.takes(decoder):
+            return gpu_narrow.forward(x, mean, log_scale, decoder, draws, num_samples, tail)
+        return gpu_wide.forward(x, mean, log_scale, decoder, draws, num_samples, tail, precision)
+
+
+def backward(
+    grad: Tensor, log_likelihood: Tensor, x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws,
+    num_samples: int, kind: str, precision: str, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """As reference.backward. ``wanted`` (x, variance): a gradient that is not is zero."""
+    arguments = (grad, log_likelihood, x, mean, log_scale, decoder, draws, num_samples, kind)
+    with gpu.device_of(x):
+        if gpu_narrow.takes(decoder):
+            return gpu_narrow.backward(*arguments, wanted)
+        return gpu_wide.backward(*arguments, precision, wanted)
