@@ -24,8 +24,10 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 demo: $(STAMP)
 	$(BIN)/libi-fast demo --out demo-run --force
 
+# Triton's interpreter is chosen when Triton is imported, hence a process of its own.
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
 
 # Type checkers do not follow an editable install, and the kernels are a folder elsewhere until installed: mypy reads
 # a copy laid out as installed. It is made anew each time, so that no deleted file lingers.

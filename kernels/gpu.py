@@ -10,6 +10,8 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,3 +46,36 @@ def serves(*tensors: Tensor) -> bool:
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """The context of a launch: the tensor's GPU is the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+class Launch(NamedTuple):
+    """One launch of a Triton kernel, as its launcher asked for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]  # constexpr arguments, num_warps, num_stages
+
+
+_record: list[Launch] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run ``kernel`` on a grid. Every launch of the library goes through here."""
+    if _record is not None:
+        _record.append(Launch(kernel, grid, args, options))
+        return
+    # Explicit, because Triton's interpreter does not take it from the environment.
+    kernel[grid](*args, **options, enable_fp_fusion=True)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within the block launches are written down, not run. With tensors on the device "meta" this gives, without a GPU or
+    memory, the very configurations that a workload launches."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before

@@ -1,0 +1,75 @@
+"""The kernels compiled, not run, for four GPUs: nothing spills, and shared memory fits each card."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from libi_fast.kernels import gpu
+from libi_fast.kernels.importance import gpu as importance
+from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
+from offline import TARGETS, key_of, resources
+
+META = torch.device("meta")
+
+
+def decoder(widths: list[int], activation: str, likelihood: str, output: str = "identity", shared: int = 1) -> Decoder:
+    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    return Decoder(
+        [torch.empty(shared, out, into, device=META) for into, out in pairs],
+        [torch.empty(shared, out, device=META) for _, out in pairs],
+        [activation] * (len(pairs) - 1) + [output],
+        likelihood,
+        torch.empty(shared, 1 if likelihood == "gaussian" else 0, device=META),
+    )
+
+
+def importance_launches(
+    model: Decoder, rows: int, samples: int, backward: bool, precision: str = "ieee", kind: str = "reparameterized",
+    tail: int = 0, wanted: tuple[bool, bool] = (False, False),
+) -> list[gpu.Launch]:  # fmt: skip
+    """What one call launches; what a backward does besides is the forward's."""
+    latent_dim, outputs = model.weights[0].shape[-1], model.weights[-1].shape[-2]
+    x, mean = torch.empty(1, rows, outputs, device=META), torch.empty(1, rows, latent_dim, device=META)
+    draws = Draws(torch.empty((), dtype=torch.int64, device=META), torch.empty(1, dtype=torch.int64, device=META), 0, 0, 0,
+                  reference_normal)  # fmt: skip
+    with gpu.recorded() as launches:
+        if backward:
+            grad = mean[..., 0].contiguous()
+            importance.backward(grad, grad, x, mean, mean, model, draws, samples, kind, precision, list(wanted))
+        else:
+            importance.forward(x, mean, mean, model, draws, samples, tail, precision)
+    return launches
+
+
+W2 = decoder([2, 50, 2], "tanh", "gaussian")
+W3 = decoder([50, 200, 200, 784], "tanh", "bernoulli")
+# The workloads on which speed is quoted, at the sizes of a GPU.
+WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
+    "W2": lambda: importance_launches(W2, 50_000, 5000, backward=False),
+    "W4a": lambda: importance_launches(W2, 10_000, 512, backward=True),
+}
+
+
+def without_repeats(launches: list[gpu.Launch]) -> list[gpu.Launch]:
+    return list({key_of(launch): launch for launch in launches}.values())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_workloads_spill_nothing(workload, target):
+    launches = without_repeats(WORKLOADS[workload]())
+    assert launches
+    for launch in launches:
+        found = resources(launch, target)
+        print(workload, target, launch.kernel.__name__, dict(launch.options), found)
+        assert found.spilled == 0
+        assert 0 < found.registers <= 512 and found.shared <= TARGETS[target][1]
