@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import math
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -13,16 +12,17 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from offline import TARGETS, key_of, resources
+
 from libi_fast.kernels import gpu
 from libi_fast.kernels.importance import gpu as importance
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
-from offline import TARGETS, key_of, resources
 
 META = torch.device("meta")
 
 
 def decoder(widths: list[int], activation: str, likelihood: str, output: str = "identity", shared: int = 1) -> Decoder:
-    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    pairs = list(itertools.pairwise(widths))
     return Decoder(
         [torch.empty(shared, out, into, device=META) for into, out in pairs],
         [torch.empty(shared, out, device=META) for _, out in pairs],

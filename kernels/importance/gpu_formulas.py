@@ -141,7 +141,7 @@ def prior_over_proposal(z, noise, log_scale):
 
 @triton.jit
 def proposal_path(slope, share, v, z, noise, scale, KIND: tl.constexpr):
-    """One latent's gradient to z = mean + scale noise (reference.proposal_gradient); ``slope`` is share * d log p(x|z) / d z."""
+    """One latent's gradient to z = mean + scale noise (reference.proposal_gradient); slope: share * d log p(x|z) / d z."""
     if KIND == "doubly-reparameterized":
         slope = slope * v
         share = share * v

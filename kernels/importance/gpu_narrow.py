@@ -241,7 +241,7 @@ def forward_kernel(
     OUTPUT: tl.constexpr, LIKELIHOOD: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr,
     SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Pivot, first and second sum of one span of ROWS rows -> sums [3, spans, R, N]; with KEEP the log-weights of the slab (rows
+    """Pivot, first and second sum of one span of ROWS rows -> sums [3, spans, R, N]; with KEEP the log-weights of a slab (rows
     first .. first + slab_rows, spans first_span .. first_span + slab_spans) -> weights [R, slab_rows, slab_spans * SPAN]."""
     GROUP: tl.constexpr = 1 if L % 4 == 0 else (2 if L % 2 == 0 else 4)
     blocks = tl.cdiv(slab_rows, ROWS)
@@ -479,8 +479,8 @@ def backward_kernel(
                     to_z = to_z + (0.0 * z[0],)
                 for j in range(0, HIDDEN, 2):
                     a0, a1, h0, h1 = units_of(z, table, j, L, D, ACTIVATION)
-                    t0, to_z, hidden = unit_backward(a0, h0, z, delta, to_z, hidden, unit, table, j, L, D, ACTIVATION)
-                    t1, to_z, hidden = unit_backward(a1, h1, z, delta, to_z, hidden, unit, table, j + 1, L, D, ACTIVATION)
+                    to_z, hidden = unit_backward(a0, h0, z, delta, to_z, hidden, unit, table, j, L, D, ACTIVATION)
+                    to_z, hidden = unit_backward(a1, h1, z, delta, to_z, hidden, unit, table, j + 1, L, D, ACTIVATION)
 
             new_mean = ()
             new_scale = ()
@@ -531,7 +531,7 @@ def unit_backward(
     new_hidden = new_hidden + (hidden[L] + tl.where(here, tl.sum(t), 0.0),)
     for d in tl.static_range(D):
         new_hidden = new_hidden + (hidden[L + 1 + d] + tl.where(here, tl.sum(delta[d] * h), 0.0),)
-    return t, new_z, new_hidden
+    return new_z, new_hidden
 
 
 def backward(
