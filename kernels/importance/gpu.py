@@ -1,6 +1,6 @@
 """The fused importance-weighted log-likelihood in Triton: which kernels a decoder takes.
 
-* gpu_narrow: at most one hidden layer, at most 8 latents and 8 outputs: one kernel, a sample's values stay in registers;
+* gpu_narrow: at most one hidden layer, at most 8 latents and outputs together: one kernel, a sample stays in registers;
 * gpu_wide: any other chain: layer after layer over a workspace of fixed size.
 
 The rule looks at the decoder's shape alone, so that it gives the same numbers on every card. kernels/importance/reference.py

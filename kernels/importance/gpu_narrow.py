@@ -1,4 +1,4 @@
-r"""Decoders with at most one hidden layer and at most 8 latents and outputs: a sample's values never leave the registers.
+r"""Decoders with at most one hidden layer and at most 8 latents and outputs together: a sample stays in registers.
 
     a_j = b_j + sum_l W_jl z_l      h_j = act(a_j)      o_d = c_d + sum_j V_dj h_j          (o = c + V z without a hidden layer)
 
@@ -38,7 +38,7 @@ from libi_fast.kernels.importance.gpu_formulas import (
 from libi_fast.kernels.importance.reference import Decoder, Draws
 from libi_fast.kernels.random.gpu import log_unit, normals4
 
-WIDEST = 8  # latents, and outputs
+WIDEST = 8  # latents and outputs together: backward reduces as many sums for every hidden unit
 ACCUMULATORS = 4096  # gradients of the hidden layer that a program can keep
 SPAN = 2048  # samples of a program in forward, and of an item in backward
 PROGRAMS = 4096  # of backward, shared by the replicas
@@ -48,7 +48,7 @@ SLAB = 2**24  # log-weights held at once where the largest are asked for
 def takes(decoder: Decoder) -> bool:
     """Whether these kernels serve the decoder; the rule looks at its shape alone."""
     latent_dim, outputs = decoder.weights[0].shape[-1], decoder.weights[-1].shape[-2]
-    if len(decoder.weights) > 2 or max(latent_dim, outputs) > WIDEST:
+    if len(decoder.weights) > 2 or latent_dim + outputs > WIDEST:
         return False
     hidden = decoder.weights[0].shape[-2] if len(decoder.weights) == 2 else 0
     return hidden == 0 or triton.next_power_of_2(hidden) * (latent_dim + 1 + outputs) <= ACCUMULATORS
@@ -321,10 +321,9 @@ def finish_kernel(sums, log_likelihood, effective, size, spans, log_samples, BLO
 def _block(samples: int, latent_dim: int, outputs: int, warps: int, most: int) -> tuple[int, int]:
     """(rows, samples) of a block: samples fill it where there are enough of them. As many a thread as registers allow, at most
     ``most``: they share the loads of parameters and hide each other's latency."""
-    width = latent_dim + outputs
-    size = 32 * warps * min(most, 8 if width <= 4 else 4 if width <= 8 else 2)
+    size = 32 * warps * min(most, 8 if latent_dim + outputs <= 4 else 4)
     group = 4 // math.gcd(latent_dim, 4)
-    columns = min(size, max(group, triton.next_power_of_2(samples)))
+    columns = min(size, SPAN, max(group, triton.next_power_of_2(samples)))
     return size // columns, columns
 
 
