@@ -13,15 +13,16 @@ programs depends on shapes alone. So results do not depend on the card, and no t
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from libi_fast.kernels import gpu
+from libi_fast.kernels import gpu, tuning
 from libi_fast.kernels.importance.gpu_formulas import (
     activation,
     activation_slope,
@@ -318,13 +319,27 @@ def finish_kernel(sums, log_likelihood, effective, size, spans, log_samples, BLO
     tl.store(effective + place, tl.where(first == 0.0, 0.0, first * first / second), mask=valid)
 
 
-def _block(samples: int, latent_dim: int, outputs: int, warps: int, most: int) -> tuple[int, int]:
-    """(rows, samples) of a block: samples fill it where there are enough of them. As many a thread as registers allow, at most
-    ``most``: they share the loads of parameters and hide each other's latency."""
-    size = 32 * warps * min(most, 8 if latent_dim + outputs <= 4 else 4)
+def _candidates(*fixed: tuple[int, int]) -> list[tuning.Configuration]:
+    """(warps, samples a thread); the first is the fixed choice."""
+    others = itertools.product((1, 2, 4), (8, 4, 2))
+    return [{"warps": warps, "per_thread": per_thread} for warps, per_thread in dict.fromkeys((*fixed, *others))]
+
+
+def _block(samples: int, latent_dim: int, warps: int, per_thread: int) -> tuple[int, int]:
+    """(rows, samples) of a block; samples fill it where there are enough of them."""
+    size = 32 * warps * per_thread
     group = 4 // math.gcd(latent_dim, 4)
     columns = min(size, SPAN, max(group, triton.next_power_of_2(samples)))
     return size // columns, columns
+
+
+def _problem(decoder: Decoder, replicas: int, rows: int, samples: int) -> dict[str, Any]:
+    """What the best configuration may depend on."""
+    widths = [decoder.weights[0].shape[-1], *(w.shape[-2] for w in decoder.weights)]
+    return {
+        "widths": "-".join(map(str, widths)), "activations": "-".join(decoder.activations), "likelihood": decoder.likelihood,
+        "replicas": replicas, "rows": rows, "samples": samples,
+    }  # fmt: skip
 
 
 def _step(tensor: Tensor) -> int:
@@ -347,26 +362,34 @@ def forward(
     variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
     spans = triton.cdiv(num_samples, SPAN)
     sums = mean.new_empty((3, spans, replicas, n))
-    rows, columns = _block(num_samples, latent_dim, outputs, 1, 8)
     slab_spans = min(spans, max(1, SLAB // (SPAN * replicas))) if tail else spans
     slab_rows = min(n, max(1, SLAB // (slab_spans * SPAN * replicas))) if tail else n
+
+    def run(configuration: tuning.Configuration, first: int = 0, first_span: int = 0) -> Tensor:
+        """The slab that begins there -> its log-weights, if any are kept."""
+        height, width = min(slab_rows, n - first), min(slab_spans, spans - first_span)
+        rows, columns = _block(num_samples, latent_dim, **configuration)
+        weights = mean.new_full((replicas, height, width * SPAN), -float("inf")) if tail else sums
+        gpu.launch(
+            forward_kernel, (replicas * triton.cdiv(height, rows) * width,),
+            draws.seed, draws.replicas, x, mean, log_scale, packed.table, packed.bias, variance, sums, weights,
+            n, num_samples, first, height, first_span, spans, width, draws.first_row, draws.repetition, draws.stream,
+            _step(x), _step(packed.table), _step(packed.bias), _step(variance), replicas,
+            L=latent_dim, D=outputs, HIDDEN=packed.hidden, UNROLL=packed.unroll, ACTIVATION=packed.activation,
+            OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KEEP=tail > 0, ROWS=rows, SAMPLES=columns,
+            SPAN=SPAN, num_warps=configuration["warps"],
+        )  # fmt: skip
+        return weights
+
+    # As many samples a thread as registers allow: they share the loads of parameters and hide each other's latency.
+    fixed = (1, 8 if latent_dim + outputs <= 4 else 4)
+    problem = _problem(decoder, replicas, n, num_samples) | {"tail": tail > 0}
+    configuration = tuning.choose("importance.narrow.forward", problem, _candidates(fixed), run)
     for first in range(0, n, slab_rows):
-        height = min(slab_rows, n - first)
         for first_span in range(0, spans, slab_spans):
-            width = min(slab_spans, spans - first_span)
-            shape = (replicas, height, width * SPAN)
-            weights = mean.new_full(shape, -float("inf")) if tail else sums
-            gpu.launch(
-                forward_kernel, (replicas * triton.cdiv(height, rows) * width,),
-                draws.seed, draws.replicas, x, mean, log_scale, packed.table, packed.bias, variance, sums, weights,
-                n, num_samples, first, height, first_span, spans, width, draws.first_row, draws.repetition, draws.stream,
-                _step(x), _step(packed.table), _step(packed.bias), _step(variance), replicas,
-                L=latent_dim, D=outputs, HIDDEN=packed.hidden, UNROLL=packed.unroll, ACTIVATION=packed.activation,
-                OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KEEP=tail > 0, ROWS=rows, SAMPLES=columns,
-                SPAN=SPAN, num_warps=1,
-            )  # fmt: skip
+            weights = run(configuration, first, first_span)
             if tail:
-                kept = slice(first, first + height)
+                kept = slice(first, first + weights.shape[1])
                 top[:, kept] = torch.cat((top[:, kept], weights), -1).topk(tail, -1).values
     finish(sums, num_samples, log_likelihood, effective)
     return log_likelihood, effective, top
@@ -546,24 +569,33 @@ def backward(
     variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
     spans = triton.cdiv(num_samples, SPAN)
     units = triton.next_power_of_2(max(packed.hidden, 1))
-    warps = 1 if packed.hidden == 0 or units * (latent_dim + 1 + outputs) <= 1024 else 4
-    rows, columns = _block(num_samples, latent_dim, outputs, warps, 4)
-    programs = max(1, min(triton.cdiv(n, rows) * spans, PROGRAMS // replicas))
     values = 2 * outputs + (0 if packed.hidden else outputs * latent_dim)
     to_mean, to_log_scale = mean.new_empty((spans, *mean.shape)), mean.new_empty((spans, *mean.shape))
     to_x = mean.new_empty((spans, replicas, n, outputs)) if want_x else to_mean
-    to_hidden = mean.new_empty((replicas, programs, latent_dim + 1 + outputs, units)) if packed.hidden else to_mean
-    to_rest = mean.new_empty((replicas, programs, triton.next_power_of_2(values)))
-    gpu.launch(
-        backward_kernel, (programs, replicas),
-        draws.seed, draws.replicas, grad.contiguous(), log_likelihood.contiguous(), x, mean, log_scale, packed.table,
-        packed.bias, variance, to_x, to_mean, to_log_scale, to_hidden, to_rest, n, num_samples, spans, draws.first_row,
-        draws.repetition, draws.stream, math.log(num_samples), _step(x), _step(packed.table), _step(packed.bias),
-        _step(variance), replicas,
-        L=latent_dim, D=outputs, HIDDEN=packed.hidden, UNITS=units, UNROLL=packed.unroll, ACTIVATION=packed.activation,
-        OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KIND=kind, WANT_X=want_x, WANT_VARIANCE=want_variance,
-        ROWS=rows, SAMPLES=columns, SPAN=SPAN, REST=to_rest.shape[-1], num_warps=warps,
-    )  # fmt: skip
+    grad, log_likelihood = grad.contiguous(), log_likelihood.contiguous()
+
+    def run(configuration: tuning.Configuration) -> tuple[Tensor, Tensor]:
+        """-> the programs' sums, of the hidden layer and of the rest."""
+        rows, columns = _block(num_samples, latent_dim, **configuration)
+        programs = max(1, min(triton.cdiv(n, rows) * spans, PROGRAMS // replicas))
+        to_hidden = mean.new_empty((replicas, programs, latent_dim + 1 + outputs, units)) if packed.hidden else to_mean
+        to_rest = mean.new_empty((replicas, programs, triton.next_power_of_2(values)))
+        gpu.launch(
+            backward_kernel, (programs, replicas),
+            draws.seed, draws.replicas, grad, log_likelihood, x, mean, log_scale, packed.table, packed.bias, variance, to_x,
+            to_mean, to_log_scale, to_hidden, to_rest, n, num_samples, spans, draws.first_row, draws.repetition, draws.stream,
+            math.log(num_samples), _step(x), _step(packed.table), _step(packed.bias), _step(variance), replicas,
+            L=latent_dim, D=outputs, HIDDEN=packed.hidden, UNITS=units, UNROLL=packed.unroll, ACTIVATION=packed.activation,
+            OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KIND=kind, WANT_X=want_x,
+            WANT_VARIANCE=want_variance, ROWS=rows, SAMPLES=columns, SPAN=SPAN, REST=to_rest.shape[-1],
+            num_warps=configuration["warps"],
+        )  # fmt: skip
+        return to_hidden, to_rest
+
+    # Four warps share the accumulators where one warp's registers would not hold them.
+    fixed = (1 if packed.hidden == 0 or units * (latent_dim + 1 + outputs) <= 1024 else 4, 4)
+    problem = _problem(decoder, replicas, n, num_samples) | {"kind": kind, "x": want_x, "variance": want_variance}
+    to_hidden, to_rest = run(tuning.choose("importance.narrow.backward", problem, _candidates(fixed), run))
     rest = to_rest.sum(1)
     to_bias, to_variance, to_linear = rest[:, :values].split((outputs, outputs, values - 2 * outputs), -1)
     to_table = to_hidden.sum(1).mT if packed.hidden else to_linear.unflatten(-1, (outputs, latent_dim))

@@ -7,6 +7,7 @@ import torch
 from problems import Problem, check, exact, fused, problem
 
 import libi_fast as lf
+from libi_fast.kernels import tuning
 from libi_fast.kernels.importance import gpu_narrow
 from libi_fast.kernels.importance.reference import ACTIVATIONS, GRADIENTS
 
@@ -159,3 +160,17 @@ def test_float64_is_refused_by_name(device):
     x = torch.rand(2, 3, dtype=torch.float64, device=device)
     with pytest.raises(lf.InputError, match=r"'triton' was asked for importance, but it computes in float32"):
         lf.log_likelihood(model, x, proposal=(x[:, :2], x[:, :2]), num_samples=4, backend="triton")
+
+
+def test_tuning_moves_results_by_rounding_alone(device, monkeypatch, tmp_path):
+    p = problem([2, 6, 2], num_samples=150, tail=3)
+    fixed = check(p, device)
+    monkeypatch.setenv("LIBI_FAST_TUNE", "1")
+    monkeypatch.setenv("LIBI_FAST_TUNING_FILE", str(tmp_path / "tuning.json"))
+    monkeypatch.setattr(gpu_narrow, "_candidates", lambda fixed: [{"warps": 1, "per_thread": n} for n in (8, 2)])
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run: -next(order) if run() is not None else 0)
+    order = iter(range(8))
+    tuned = check(p, device)
+    assert order.__next__() == 4  # two kernels, two candidates each, the second taken
+    assert not torch.equal(fixed["to_weight_0"], tuned["to_weight_0"])
+    torch.testing.assert_close(fixed["top"], tuned["top"], rtol=1e-6, atol=1e-6)
