@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -33,8 +34,9 @@ class Resources(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What the compiler sees of a launch: types, values that are specialised, options."""
+    """What the compiler sees of a launch: types, values that are specialised, options. It can be sent to another process."""
 
+    module: str
     name: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -62,6 +64,7 @@ def key_of(launch: Launch) -> Key:
             if value % 16 == 0:
                 aligned.append(name)
     return Key(
+        launch.kernel.__module__,
         launch.kernel.__name__,
         tuple(signature.items()),
         tuple(sorted(constants.items())),
@@ -70,12 +73,13 @@ def key_of(launch: Launch) -> Key:
     )
 
 
-def resources(launch: Launch, target: str) -> Resources:
+def resources(launch: Launch | Key, target: str) -> Resources:
     """What the launch's kernel needs on ``target``, one of TARGETS."""
-    names, key = launch.kernel.arg_names, key_of(launch)
-    constants = dict(key.constants)
+    key = launch if isinstance(launch, Key) else key_of(launch)
+    kernel = getattr(importlib.import_module(key.module), key.name)
+    names, constants = kernel.arg_names, dict(key.constants)
     source = ASTSource(
-        fn=launch.kernel,
+        fn=kernel,
         signature={name: "constexpr" if name in constants else dict(key.signature)[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in key.aligned},
