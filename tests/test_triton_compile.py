@@ -54,11 +54,16 @@ def importance_launches(
 
 
 W2 = decoder([2, 50, 2], "tanh", "gaussian")
+WIDEST_NARROW = decoder([7, 256, 1], "gelu", "bernoulli")  # the most registers of all that the narrow kernels take
 W3 = decoder([50, 200, 200, 784], "tanh", "bernoulli")
 # The workloads on which speed is quoted, at the sizes of a GPU.
 WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
     "W2": lambda: importance_launches(W2, 50_000, 5000, backward=False),
     "W4a": lambda: importance_launches(W2, 10_000, 512, backward=True),
+    "narrow, most registers": lambda: [
+        *importance_launches(WIDEST_NARROW, 1000, 512, backward=False, tail=9),
+        *importance_launches(WIDEST_NARROW, 1000, 512, backward=True, kind="doubly-reparameterized", wanted=(True, True)),
+    ],
 }
 
 

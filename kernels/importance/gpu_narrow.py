@@ -232,8 +232,12 @@ def log_weights_of(
 
 # --- forward ---
 
+# Sizes and counters change from call to call, and nothing is gained by a kernel compiled for a multiple of 16 of them.
+COUNTS = ("rows", "samples", "spans", "first_row", "repetition", "stream", "replica_count")
+STEPS = ("x_step", "table_step", "bias_step", "variance_step")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=[*COUNTS, *STEPS, "first", "slab_rows", "first_span", "slab_spans"])
 def forward_kernel(
     seed, replicas, x, mean, log_scale, table, bias, variance, sums, weights,
     rows, samples, first, slab_rows, first_span, spans, slab_spans, first_row, repetition, stream,
@@ -296,7 +300,7 @@ def forward_kernel(
     tl.store(place + 2 * spans * size, sum_2, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "spans"])
 def finish_kernel(sums, log_likelihood, effective, size, spans, log_samples, BLOCK: tl.constexpr):
     """Merge the spans of sums [3, spans, size] in order -> log-likelihood and effective sample size [size]."""
     place = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -407,7 +411,7 @@ def finish(sums: Tensor, num_samples: int, log_likelihood: Tensor, effective: Te
 # --- backward ---
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, *STEPS])
 def backward_kernel(
     seed, replicas, grad, log_likelihood, x, mean, log_scale, table, bias, variance, to_x, to_mean, to_log_scale, to_hidden,
     to_rest, rows, samples, spans, first_row, repetition, stream, log_samples,
