@@ -47,7 +47,7 @@ class Key(NamedTuple):
 def key_of(launch: Launch) -> Key:
     """As Triton's own launcher specialises: integers equal to 1, and those and addresses divisible by 16."""
     names = launch.kernel.arg_names
-    special = {p.name for p in launch.kernel.params if not p.do_not_specialize}
+    plain = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     constants = {name: value for name, value in launch.options.items() if name in names}
     options = {name: value for name, value in launch.options.items() if name not in names}
     signature, aligned = {}, []
@@ -58,11 +58,11 @@ def key_of(launch: Launch) -> Key:
                 aligned.append(name)
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1 and name in special:
+        elif value == 1 and name not in plain:
             constants[name] = 1
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and name in special:
+            if value % 16 == 0 and name not in plain:
                 aligned.append(name)
     return Key(
         launch.kernel.__module__,

@@ -20,6 +20,7 @@ from offline import TARGETS, Key, Resources, key_of, resources
 from libi_fast.kernels import gpu
 from libi_fast.kernels.importance import gpu as importance
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
+from libi_fast.kernels.random import gpu as random
 
 META = torch.device("meta")
 
@@ -53,12 +54,24 @@ def importance_launches(
     return launches
 
 
+def noise_launches(kind: str, rows: int, first_draw: int, draws: int) -> list[gpu.Launch]:
+    seed, replicas = torch.empty((), dtype=torch.int64, device=META), torch.empty(1, dtype=torch.int64, device=META)
+    with gpu.recorded() as launches:
+        random.draws(kind, seed, replicas, 0, rows, first_draw, draws, 0, 0)
+    return launches
+
+
 W2 = decoder([2, 50, 2], "tanh", "gaussian")
 WIDEST_NARROW = decoder([7, 256, 1], "gelu", "bernoulli")  # the most registers of all that the narrow kernels take
 W3 = decoder([50, 200, 200, 784], "tanh", "bernoulli")
 # The workloads on which speed is quoted, at the sizes of a GPU.
 WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
     "W2": lambda: importance_launches(W2, 50_000, 5000, backward=False),
+    "noise": lambda: [
+        *noise_launches("normal", 50_000, 0, 10_000),
+        *noise_launches("normal", 500, 3, 2),
+        *noise_launches("uniform", 50_000, 0, 10_000),
+    ],
     "W4a": lambda: importance_launches(W2, 10_000, 512, backward=True),
     "narrow, most registers": lambda: [
         *importance_launches(WIDEST_NARROW, 1000, 512, backward=False, tail=9),

@@ -191,7 +191,12 @@ def values_known(value: Tensor) -> bool:
     transform."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_get_level(value) >= 0:
         return False
-    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not capturing(value.device)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether work on ``device`` goes into a CUDA graph now, rather than running."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def check_finite(name: str, value: Tensor) -> None:

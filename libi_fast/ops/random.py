@@ -42,14 +42,25 @@ def _native(seed, replicas, first_row, rows, first_draw, draws, repetition, stre
     return function(key, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype)
 
 
+def _triton(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, kind, dtype):
+    from libi_fast.kernels.random import gpu
+
+    return gpu.draws(kind, seed, replicas, first_row, rows, first_draw, draws, repetition, stream)
+
+
+def _float32_only(*args: Any) -> str | None:
+    return None if args[-1] == torch.float32 else f"it draws float32, got {args[-1]}"
+
+
 _philox = lib.define(
     "philox",
     "(Tensor seed, Tensor replicas, SymInt first_row, SymInt rows, SymInt first_draw, SymInt draws, SymInt repetition, "
     "int stream, str kind, ScalarType dtype, str backend) -> Tensor",
-    {"reference": _reference, "cpu": _native},
+    {"reference": _reference, "cpu": _native, "triton": _triton},
     lambda seed, replicas, first_row, rows, first_draw, draws, repetition, stream, kind, dtype: seed.new_empty(
         (replicas.shape[0], rows, draws), dtype=dtype
     ),
+    limits={"triton": _float32_only},
 )
 
 
@@ -57,8 +68,12 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None)
     """A 64-bit seed as an int64 tensor []; None draws one number from torch's default generator.
 
     Raises:
-        InputError: an integer outside 0 .. 2^64 - 1, a tensor that is not one integer.
+        InputError: an integer outside 0 .. 2^64 - 1, a tensor that is not one integer; while a CUDA graph is captured, a seed
+            that would come from host memory, which the graph's replays could not follow.
     """
+    from_host = seed is None or (isinstance(seed, Tensor) and not seed.is_cuda)
+    if from_host and device is not None and lib.capturing(torch.device(device)):
+        raise InputError("while a CUDA graph is captured, pass the seed as an int64 tensor on the GPU")
     if seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, ())
     if isinstance(seed, Tensor):
@@ -66,7 +81,8 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None)
             raise InputError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
         return seed if device is None else seed.to(device)
     lib.check_index("seed", seed, 2**64)
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    # Filled on the device: a copy from the host would wait for it, and cannot be captured in a graph.
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
 def as_replicas(replicas: Tensor | int | None, device: torch.device | str | None = None) -> Tensor:
