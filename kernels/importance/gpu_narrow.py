@@ -41,7 +41,8 @@ from libi_fast.kernels.random.gpu import log_unit, normals4
 
 WIDEST = 8  # latents and outputs together: backward reduces as many sums for every hidden unit
 ACCUMULATORS = 4096  # gradients of the hidden layer that a program can keep
-SPAN = 2048  # samples of a program in forward, and of an item in backward
+SHORTEST = 2048  # samples of a span
+SPANS = 64  # of a row at most: what is kept of a row does not grow with its samples
 PROGRAMS = 4096  # of backward, shared by the replicas
 SLAB = 2**24  # log-weights held at once where the largest are asked for
 
@@ -329,12 +330,17 @@ def _candidates(*fixed: tuple[int, int]) -> list[tuning.Configuration]:
     return [{"warps": warps, "per_thread": per_thread} for warps, per_thread in dict.fromkeys((*fixed, *others))]
 
 
-def _block(samples: int, latent_dim: int, warps: int, per_thread: int) -> tuple[int, int]:
+def _block(samples: int, span: int, latent_dim: int, warps: int, per_thread: int) -> tuple[int, int]:
     """(rows, samples) of a block; samples fill it where there are enough of them."""
     size = 32 * warps * per_thread
     group = 4 // math.gcd(latent_dim, 4)
-    columns = min(size, SPAN, max(group, triton.next_power_of_2(samples)))
+    columns = min(size, span, max(group, triton.next_power_of_2(samples)))
     return size // columns, columns
+
+
+def _span(samples: int) -> int:
+    """Samples of a program in forward, and of an item in backward."""
+    return SHORTEST * triton.next_power_of_2(triton.cdiv(samples, SHORTEST * SPANS))
 
 
 def _problem(decoder: Decoder, replicas: int, rows: int, samples: int) -> dict[str, Any]:
@@ -364,16 +370,17 @@ def forward(
     x, mean, log_scale = x.contiguous(), mean.contiguous(), log_scale.contiguous()
     packed = pack(decoder)
     variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
-    spans = triton.cdiv(num_samples, SPAN)
+    span = _span(num_samples)
+    spans = triton.cdiv(num_samples, span)
     sums = mean.new_empty((3, spans, replicas, n))
-    slab_spans = min(spans, max(1, SLAB // (SPAN * replicas))) if tail else spans
-    slab_rows = min(n, max(1, SLAB // (slab_spans * SPAN * replicas))) if tail else n
+    slab_spans = min(spans, max(1, SLAB // (span * replicas))) if tail else spans
+    slab_rows = min(n, max(1, SLAB // (slab_spans * span * replicas))) if tail else n
 
     def run(configuration: tuning.Configuration, first: int = 0, first_span: int = 0) -> Tensor:
         """The slab that begins there -> its log-weights, if any are kept."""
         height, width = min(slab_rows, n - first), min(slab_spans, spans - first_span)
-        rows, columns = _block(num_samples, latent_dim, **configuration)
-        weights = mean.new_full((replicas, height, width * SPAN), -float("inf")) if tail else sums
+        rows, columns = _block(num_samples, span, latent_dim, **configuration)
+        weights = mean.new_full((replicas, height, width * span), -float("inf")) if tail else sums
         gpu.launch(
             forward_kernel, (replicas * triton.cdiv(height, rows) * width,),
             draws.seed, draws.replicas, x, mean, log_scale, packed.table, packed.bias, variance, sums, weights,
@@ -381,7 +388,7 @@ def forward(
             _step(x), _step(packed.table), _step(packed.bias), _step(variance), replicas,
             L=latent_dim, D=outputs, HIDDEN=packed.hidden, UNROLL=packed.unroll, ACTIVATION=packed.activation,
             OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KEEP=tail > 0, ROWS=rows, SAMPLES=columns,
-            SPAN=SPAN, num_warps=configuration["warps"],
+            SPAN=span, num_warps=configuration["warps"],
         )  # fmt: skip
         return weights
 
@@ -411,10 +418,10 @@ def finish(sums: Tensor, num_samples: int, log_likelihood: Tensor, effective: Te
 # --- backward ---
 
 
-@triton.jit(do_not_specialize=[*COUNTS, *STEPS])
+@triton.jit(do_not_specialize=[*COUNTS, *STEPS, "programs"])
 def backward_kernel(
     seed, replicas, grad, log_likelihood, x, mean, log_scale, table, bias, variance, to_x, to_mean, to_log_scale, to_hidden,
-    to_rest, rows, samples, spans, first_row, repetition, stream, log_samples,
+    to_rest, programs, rows, samples, spans, first_row, repetition, stream, log_samples,
     x_step, table_step, bias_step, variance_step, replica_count,
     L: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, UNROLL: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, LIKELIHOOD: tl.constexpr, KIND: tl.constexpr, WANT_X: tl.constexpr,
@@ -424,7 +431,8 @@ def backward_kernel(
     to_mean, to_log_scale [spans, R, N, L]; over the program's items -> to_hidden [R, P, L + 1 + D, UNITS] and to_rest
     [R, P, REST]: c, then the variance, then V without a hidden layer."""
     GROUP: tl.constexpr = 1 if L % 4 == 0 else (2 if L % 2 == 0 else 4)
-    replica = tl.cast(tl.program_id(1), tl.int64)
+    program = tl.program_id(0) % programs
+    replica = tl.cast(tl.program_id(0) // programs, tl.int64)
     table += replica * table_step
     bias += replica * bias_step
     key = tl.load(seed)
@@ -439,7 +447,7 @@ def backward_kernel(
             hidden = hidden + (tl.zeros((UNITS,), tl.float32),)
 
     items = tl.cdiv(rows, ROWS) * spans
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    for item in range(program, items, programs):
         span = item % spans
         row = tl.cast(item // spans * ROWS + tl.arange(0, ROWS), tl.int64)
         valid = row < rows
@@ -529,7 +537,7 @@ def backward_kernel(
             for d in tl.static_range(D):
                 tl.store(to_x + line * D + d, sum_x[d], mask=valid)
 
-    place = replica * tl.num_programs(0) + tl.program_id(0)
+    place = tl.cast(tl.program_id(0), tl.int64)
     tl.store(to_rest + place * REST + slot, rest)
     if HIDDEN > 0:
         for k in tl.static_range(L + 1 + D):
@@ -571,7 +579,8 @@ def backward(
     x, mean, log_scale = x.contiguous(), mean.contiguous(), log_scale.contiguous()
     packed = pack(decoder)
     variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
-    spans = triton.cdiv(num_samples, SPAN)
+    span = _span(num_samples)
+    spans = triton.cdiv(num_samples, span)
     units = triton.next_power_of_2(max(packed.hidden, 1))
     values = 2 * outputs + (0 if packed.hidden else outputs * latent_dim)
     to_mean, to_log_scale = mean.new_empty((spans, *mean.shape)), mean.new_empty((spans, *mean.shape))
@@ -580,18 +589,19 @@ def backward(
 
     def run(configuration: tuning.Configuration) -> tuple[Tensor, Tensor]:
         """-> the programs' sums, of the hidden layer and of the rest."""
-        rows, columns = _block(num_samples, latent_dim, **configuration)
+        rows, columns = _block(num_samples, span, latent_dim, **configuration)
         programs = max(1, min(triton.cdiv(n, rows) * spans, PROGRAMS // replicas))
         to_hidden = mean.new_empty((replicas, programs, latent_dim + 1 + outputs, units)) if packed.hidden else to_mean
         to_rest = mean.new_empty((replicas, programs, triton.next_power_of_2(values)))
         gpu.launch(
-            backward_kernel, (programs, replicas),
+            backward_kernel, (replicas * programs,),
             draws.seed, draws.replicas, grad, log_likelihood, x, mean, log_scale, packed.table, packed.bias, variance, to_x,
-            to_mean, to_log_scale, to_hidden, to_rest, n, num_samples, spans, draws.first_row, draws.repetition, draws.stream,
+            to_mean, to_log_scale, to_hidden, to_rest, programs, n, num_samples, spans, draws.first_row, draws.repetition,
+            draws.stream,
             math.log(num_samples), _step(x), _step(packed.table), _step(packed.bias), _step(variance), replicas,
             L=latent_dim, D=outputs, HIDDEN=packed.hidden, UNITS=units, UNROLL=packed.unroll, ACTIVATION=packed.activation,
             OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KIND=kind, WANT_X=want_x,
-            WANT_VARIANCE=want_variance, ROWS=rows, SAMPLES=columns, SPAN=SPAN, REST=to_rest.shape[-1],
+            WANT_VARIANCE=want_variance, ROWS=rows, SAMPLES=columns, SPAN=span, REST=to_rest.shape[-1],
             num_warps=configuration["warps"],
         )  # fmt: skip
         return to_hidden, to_rest

@@ -15,7 +15,7 @@ from libi_fast.kernels.importance.reference import ACTIVATIONS, GRADIENTS
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Several spans, items of a program and slabs of log-weights at sizes an interpreter can do."""
-    monkeypatch.setattr(gpu_narrow, "SPAN", 64)
+    monkeypatch.setattr(gpu_narrow, "SHORTEST", 64)
     monkeypatch.setattr(gpu_narrow, "PROGRAMS", 2)
     monkeypatch.setattr(gpu_narrow, "SLAB", 128)
 
@@ -58,6 +58,12 @@ def test_data_shared_by_replicas(device):
 @pytest.mark.parametrize("num_samples", [1, 2, 2049])
 def test_few_and_many_samples(device, num_samples):
     check(problem([2, 2, 2], "relu", rows=2, num_samples=num_samples, tail=min(5, num_samples)), device)
+
+
+def test_what_is_kept_of_a_row_does_not_grow_with_its_samples(device, small_pieces, monkeypatch):
+    assert [gpu_narrow._span(s) for s in (1, 64, 65, 64 * 64, 64 * 64 + 1, 64 * 200)] == [64, 64, 64, 64, 128, 256]
+    monkeypatch.setattr(gpu_narrow, "SPANS", 2)
+    check(problem([2, 4, 2], rows=2, num_samples=300, tail=4), device)
 
 
 def test_gradients_nobody_reads_are_zero_and_move_no_other(device):
