@@ -43,6 +43,11 @@ def serves(*tensors: Tensor) -> bool:
     return available() and all(t.device.type == kind for t in tensors)
 
 
+def amd() -> bool:
+    """Whether torch was built for AMD GPUs."""
+    return torch.version.hip is not None
+
+
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """The context of a launch: the tensor's GPU is the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

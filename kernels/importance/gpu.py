@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from libi_fast.kernels import gpu
-from libi_fast.kernels.importance import gpu_narrow, gpu_wide
+from libi_fast.kernels.importance import gpu_narrow, gpu_wide, gpu_wide_backward
 from libi_fast.kernels.importance.reference import Decoder, Draws
 
 
@@ -35,4 +35,4 @@ def backward(
     with gpu.device_of(x):
         if gpu_narrow.takes(decoder):
             return gpu_narrow.backward(*arguments, wanted)
-        return gpu_wide.backward(*arguments, precision, wanted)
+        return gpu_wide_backward.backward(*arguments, precision, wanted)

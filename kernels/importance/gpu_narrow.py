@@ -343,16 +343,15 @@ def _span(samples: int) -> int:
     return SHORTEST * triton.next_power_of_2(triton.cdiv(samples, SHORTEST * SPANS))
 
 
-def _problem(decoder: Decoder, replicas: int, rows: int, samples: int) -> dict[str, Any]:
+def problem_of(decoder: Decoder, replicas: int, rows: int, samples: int) -> dict[str, Any]:
     """What the best configuration may depend on."""
-    widths = [decoder.weights[0].shape[-1], *(w.shape[-2] for w in decoder.weights)]
     return {
-        "widths": "-".join(map(str, widths)), "activations": "-".join(decoder.activations), "likelihood": decoder.likelihood,
-        "replicas": replicas, "rows": rows, "samples": samples,
+        "widths": "-".join(map(str, decoder.widths)), "activations": "-".join(decoder.activations),
+        "likelihood": decoder.likelihood, "replicas": replicas, "rows": rows, "samples": samples,
     }  # fmt: skip
 
 
-def _step(tensor: Tensor) -> int:
+def step(tensor: Tensor) -> int:
     """Values from one replica to the next; 0 where all share."""
     return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
@@ -385,7 +384,7 @@ def forward(
             forward_kernel, (replicas * triton.cdiv(height, rows) * width,),
             draws.seed, draws.replicas, x, mean, log_scale, packed.table, packed.bias, variance, sums, weights,
             n, num_samples, first, height, first_span, spans, width, draws.first_row, draws.repetition, draws.stream,
-            _step(x), _step(packed.table), _step(packed.bias), _step(variance), replicas,
+            step(x), step(packed.table), step(packed.bias), step(variance), replicas,
             L=latent_dim, D=outputs, HIDDEN=packed.hidden, UNROLL=packed.unroll, ACTIVATION=packed.activation,
             OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KEEP=tail > 0, ROWS=rows, SAMPLES=columns,
             SPAN=span, num_warps=configuration["warps"],
@@ -394,7 +393,7 @@ def forward(
 
     # As many samples a thread as registers allow: they share the loads of parameters and hide each other's latency.
     fixed = (1, 8 if latent_dim + outputs <= 4 else 4)
-    problem = _problem(decoder, replicas, n, num_samples) | {"tail": tail > 0}
+    problem = problem_of(decoder, replicas, n, num_samples) | {"tail": tail > 0}
     configuration = tuning.choose("importance.narrow.forward", problem, _candidates(fixed), run)
     for first in range(0, n, slab_rows):
         for first_span in range(0, spans, slab_spans):
@@ -598,7 +597,7 @@ def backward(
             draws.seed, draws.replicas, grad, log_likelihood, x, mean, log_scale, packed.table, packed.bias, variance, to_x,
             to_mean, to_log_scale, to_hidden, to_rest, programs, n, num_samples, spans, draws.first_row, draws.repetition,
             draws.stream,
-            math.log(num_samples), _step(x), _step(packed.table), _step(packed.bias), _step(variance), replicas,
+            math.log(num_samples), step(x), step(packed.table), step(packed.bias), step(variance), replicas,
             L=latent_dim, D=outputs, HIDDEN=packed.hidden, UNITS=units, UNROLL=packed.unroll, ACTIVATION=packed.activation,
             OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KIND=kind, WANT_X=want_x,
             WANT_VARIANCE=want_variance, ROWS=rows, SAMPLES=columns, SPAN=span, REST=to_rest.shape[-1],
@@ -608,7 +607,7 @@ def backward(
 
     # Four warps share the accumulators where one warp's registers would not hold them.
     fixed = (1 if packed.hidden == 0 or units * (latent_dim + 1 + outputs) <= 1024 else 4, 4)
-    problem = _problem(decoder, replicas, n, num_samples) | {"kind": kind, "x": want_x, "variance": want_variance}
+    problem = problem_of(decoder, replicas, n, num_samples) | {"kind": kind, "x": want_x, "variance": want_variance}
     to_hidden, to_rest = run(tuning.choose("importance.narrow.backward", problem, _candidates(fixed), run))
     rest = to_rest.sum(1)
     to_bias, to_variance, to_linear = rest[:, :values].split((outputs, outputs, values - 2 * outputs), -1)

@@ -82,8 +82,13 @@ class Decoder(NamedTuple):
     variance: Tensor  # [R or 1, D or 1]; empty for Bernoulli
 
     @property
+    def widths(self) -> list[int]:
+        """From latents to outputs."""
+        return [self.weights[0].shape[-1], *(w.shape[-2] for w in self.weights)]
+
+    @property
     def widest(self) -> int:
-        return max(max(w.shape[-2:]) for w in self.weights)
+        return max(self.widths)
 
     def run(self, z: Tensor) -> list[tuple[Tensor, Tensor]]:
         """z [R, n, L] -> (pre-activation, activation) of every layer."""
