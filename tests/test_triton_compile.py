@@ -21,6 +21,7 @@ from libi_fast.kernels import gpu
 from libi_fast.kernels.importance import gpu as importance
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
 from libi_fast.kernels.random import gpu as random
+from libi_fast.ops.importance import PRECISIONS
 
 META = torch.device("meta")
 
@@ -63,6 +64,7 @@ def noise_launches(kind: str, rows: int, first_draw: int, draws: int) -> list[gp
 
 W2 = decoder([2, 50, 2], "tanh", "gaussian")
 WIDEST_NARROW = decoder([7, 256, 1], "gelu", "bernoulli")  # the most registers of all that the narrow kernels take
+WIDE = decoder([8, 100, 30], "gelu", "gaussian", output="sigmoid")  # the dearest activation, every gradient
 W3 = decoder([50, 200, 200, 784], "tanh", "bernoulli")
 # The workloads on which speed is quoted, at the sizes of a GPU.
 WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
@@ -73,6 +75,12 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
         *noise_launches("uniform", 50_000, 0, 10_000),
     ],
     "W4a": lambda: importance_launches(W2, 10_000, 512, backward=True),
+    **{f"W3 {p}": functools.partial(importance_launches, W3, 10_000, 5000, False, p) for p in PRECISIONS},
+    **{f"W4b {p}": functools.partial(importance_launches, W3, 1024, 512, True, p) for p in PRECISIONS},
+    "wide, everything": lambda: [
+        *importance_launches(WIDE, 1000, 512, backward=False, tail=9),
+        *importance_launches(WIDE, 1000, 512, backward=True, kind="doubly-reparameterized", wanted=(True, True)),
+    ],
     "narrow, most registers": lambda: [
         *importance_launches(WIDEST_NARROW, 1000, 512, backward=False, tail=9),
         *importance_launches(WIDEST_NARROW, 1000, 512, backward=True, kind="doubly-reparameterized", wanted=(True, True)),
@@ -81,8 +89,10 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
 
 
 @functools.cache
-def keys_of(workload: str) -> list[Key]:
-    return list(dict.fromkeys(map(key_of, WORKLOADS[workload]())))
+def keys_of(workload: str, target: str) -> list[Key]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "amd", lambda: target.startswith("gfx"))
+        return list(dict.fromkeys(map(key_of, WORKLOADS[workload]())))
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +101,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[dict[tuple[Key, str], F
     chosen = [
         item.callspec.params for item in request.session.items if item.originalname == test_workloads_spill_nothing.__name__
     ]
-    wanted = dict.fromkeys((key, params["target"]) for params in chosen for key in keys_of(params["workload"]))
+    wanted = dict.fromkeys((key, params["target"]) for params in chosen for key in keys_of(**params))
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
     yield {pair: pool.submit(resources, *pair) for pair in wanted}
     pool.shutdown(cancel_futures=True)
@@ -100,8 +110,8 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[dict[tuple[Key, str], F
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_workloads_spill_nothing(workload, target, compiled):
-    assert keys_of(workload)
-    for key in keys_of(workload):
+    assert keys_of(workload, target)
+    for key in keys_of(workload, target):
         found = compiled[key, target].result()
         print(workload, target, key.name, dict(key.constants), dict(key.options), found)
         assert found.spilled == 0

@@ -11,7 +11,8 @@ Every matrix is padded with zeros to whole tiles, so that no product masks a loa
 meets zeros. A line's value does not depend on its place in a tile, and a row's samples are merged in blocks of fixed size.
 
 Bound: 2 sum(in * out) flops a line (414 kflop for 50-200-200-784), of which tiles of 64 x 64 x 16 keep 90%, and the
-likelihood's 15 to 20 instructions an output. A hidden layer crosses memory twice: 3.2 kB a line, a tenth of the time in float32.
+likelihood's 15 to 20 instructions an output. A hidden layer crosses memory twice: 3.2 kB a line, a tenth of the time in
+float32.
 
 precision: what the products are computed in, with float32 sums. Relative error of a product's terms: ieee 6e-8, tf32x3 about
 1e-6, tf32 5e-4, bf16 4e-3. AMD's matrix units have no tf32: float32 serves there.
@@ -274,10 +275,10 @@ def output_kernel(
         place = (replica * lines + line)[:, None] * pitch + column[None, :]
         tl.store(kept + place, a, mask=(column < pitch)[None, :])
     o = activation(a, OUTPUT)
-    # Lines past the last read its row, and nobody reads what they leave.
+    # Lines past the last read its row, and nobody reads what they leave; columns past the last count nothing.
     row = tl.cast(first + tl.minimum(line, height * width - 1) // width, tl.int64)
     valid = (column < outputs)[None, :]
-    target = tl.load(x + replica * x_step + row[:, None] * outputs + column[None, :], mask=valid, other=0.0)
+    target = tl.load(x + replica * x_step + row[:, None] * outputs + tl.minimum(column, outputs - 1)[None, :])
     if LIKELIHOOD == "bernoulli":
         # log p = x o - max(o, 0) - log(1 + exp(-|o|)): two outputs share a logarithm.
         factor = tl.where(valid, 1.0 + exp(-tl.abs(o)), 1.0)
@@ -392,7 +393,7 @@ def decode(call: Call, chunk: Chunk, space: Workspace, backward: bool) -> Tensor
         space.kept, n, lines, chunk.rows.start, chunk.height, chunk.width, call.x.shape[-1], h.shape[-1], layer.pitch,
         step(call.x), step(layer.weight), step(layer.bias), step(call.variance), OUTPUT=layer.activation,
         LIKELIHOOD=call.likelihood, KEEP=backward,
-        **options(call),
+        **options(call, limited=not backward),
     )  # fmt: skip
     return noise
 

@@ -276,7 +276,7 @@ class Lines(NamedTuple):
 def by_piece(chunk: Chunk, values: int, replicas: int) -> tuple[int, dict[str, int]]:
     """Programs that each sum a piece of a row's samples in a tile of columns, and their tile."""
     columns = min(128, triton.next_power_of_2(values))
-    lines = min(4096 // columns, triton.next_power_of_2(chunk.width), PIECE)
+    lines = min(2048 // columns, triton.next_power_of_2(chunk.width), PIECE)
     programs = replicas * chunk.height * triton.cdiv(chunk.width, PIECE) * triton.cdiv(values, columns)
     return programs, {"PIECE": PIECE, "LINES": lines, "COLUMNS": columns, "num_warps": 4}
 
