@@ -44,7 +44,7 @@ from libi_fast.kernels.importance.reference import Decoder, Draws, blocks
 from libi_fast.kernels.random import gpu as random
 from libi_fast.kernels.random.gpu import log_unit
 
-WORKSPACE = 2**25  # values of a chunk's buffers together
+WORKSPACE = 2**26  # values of a chunk's buffers together: a chunk takes the GPU longer than its launches take the host
 MERGED = 1024  # samples of a row that are merged at once; a multiple of every tile's lines
 
 
@@ -433,7 +433,7 @@ def choose(kernel: str, problem: dict[str, Any], precision: str, run: Callable[[
 
 
 def replicas_of(part: slice, *values: Any) -> list[Any]:
-    """These replicas of tensors [R or 1, ...], decoders and draws."""
+    """These replicas of tensors [R or 1, ...], decoders and draws; other values as they are."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -460,8 +460,8 @@ def forward(
     """As reference.forward."""
     parts = groups(decoder, mean.shape[0], precision, False)
     if len(parts) > 1:
-        cut = (replicas_of(part, x, mean, log_scale, decoder, draws) for part in parts)
-        results = [forward(*arguments, num_samples, tail, precision) for arguments in cut]
+        arguments = (x, mean, log_scale, decoder, draws, num_samples, tail, precision)
+        results = [forward(*replicas_of(part, *arguments)) for part in parts]
         return tuple(torch.cat(r) for r in zip(*results, strict=True))  # type: ignore[return-value]
     replicas, n, _ = mean.shape
     log_likelihood, effective = mean.new_empty((replicas, n)), mean.new_empty((replicas, n))

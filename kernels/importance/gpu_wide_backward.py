@@ -347,8 +347,8 @@ def backward(
     outputs = x.shape[-1]
     parts = groups(decoder, replicas, precision, True)
     if len(parts) > 1:
-        tensors = (grad, log_likelihood, x, mean, log_scale, decoder, draws)
-        results = [backward(*replicas_of(p, *tensors), num_samples, kind, precision, wanted) for p in parts]
+        arguments = (grad, log_likelihood, x, mean, log_scale, decoder, draws, num_samples, kind, precision, wanted)
+        results = [backward(*replicas_of(part, *arguments)) for part in parts]
         return joined(results)
     grad, log_likelihood = grad.contiguous(), log_likelihood.contiguous()
     wants = (wanted[0], wanted[1] and decoder.likelihood == "gaussian")
