@@ -300,22 +300,21 @@ def log_weights_of(base, partial, replica, line, valid, lines, tiles):
     return value
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "replica_count", "begun", "tiles"])
+@triton.jit(do_not_specialize=[*COUNTS, "replica_count", "tiles"])
 def merge_kernel(
-    base, partial, sums, weights, replica_count, rows, lines, first, height, width, begun, tiles,
+    base, partial, sums, weights, replica_count, rows, lines, first, height, width, tiles,
     KEEP: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """Merge a chunk's log-weights into sums [3, R, N], which earlier chunks began; KEEP: weights [R, height, width]."""
+    """Merge a chunk's log-weights into sums [3, R, N]; KEEP: weights [R, height, width]."""
     programs = tl.cdiv(height, ROWS)
     replica = tl.cast(tl.program_id(0) // programs, tl.int64)
     local = tl.program_id(0) % programs * ROWS + tl.arange(0, ROWS)
     valid = local < height
     size = tl.cast(replica_count, tl.int64) * rows
     place = sums + replica * rows + first + local
-    known = valid & (begun != 0)
-    pivot = tl.load(place, mask=known, other=-float("inf"))
-    first_sum = tl.load(place + size, mask=known, other=0.0)
-    second_sum = tl.load(place + 2 * size, mask=known, other=0.0)
+    pivot = tl.load(place, mask=valid, other=-float("inf"))
+    first_sum = tl.load(place + size, mask=valid, other=0.0)
+    second_sum = tl.load(place + 2 * size, mask=valid, other=0.0)
     for start in range(0, width, SAMPLES):
         sample = start + tl.arange(0, SAMPLES)
         drawn = valid[:, None] & (sample < width)[None, :]
@@ -421,7 +420,7 @@ def merge_chunk(call: Call, chunk: Chunk, space: Workspace, sums: Tensor, keep: 
     weights = sums.new_empty((replicas, chunk.height, chunk.width)) if keep else sums
     gpu.launch(
         merge_kernel, (replicas * triton.cdiv(chunk.height, rows),), space.base, space.partial, sums, weights, replicas, n,
-        space.z.shape[1], chunk.rows.start, chunk.height, chunk.width, int(chunk.samples.start > 0), space.partial.shape[1],
+        space.z.shape[1], chunk.rows.start, chunk.height, chunk.width, space.partial.shape[1],
         KEEP=keep, ROWS=rows, SAMPLES=samples, num_warps=4,
     )  # fmt: skip
     return weights
@@ -474,6 +473,8 @@ def forward(
         call = prepare(x, mean, log_scale, decoder, draws, num_samples, precision, tile)
         plan = Plan.of(call, Workspace.values(decoder, tile, False))
         space = Workspace.of(call, plan.lines, False)
+        sums.zero_()
+        sums[0].fill_(-float("inf"))
         top.fill_(-float("inf"))
         for chunk in itertools.islice(plan.chunks(call), chunks):
             decode(call, chunk, space, False)

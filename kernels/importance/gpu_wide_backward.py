@@ -153,9 +153,9 @@ def down_kernel(
     tl.store(slope + place, value.to(slope.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["lines", "count", "begun", "splits"])
+@triton.jit(do_not_specialize=["lines", "count", "splits"])
 def weight_kernel(
-    delta, h, total, lines, count, begun, splits, out_pitch, in_pitch,
+    delta, h, total, lines, count, splits, out_pitch, in_pitch,
     PRECISION: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Add delta' h over a split of the first ``count`` lines to total [splits, R, out_pitch, in_pitch]; LINES x COLUMNS is a
@@ -172,7 +172,7 @@ def weight_kernel(
     end = tl.minimum(count, (split + 1) * each)
     place = total + (split * replicas + replica) * out_pitch * in_pitch + row[:, None] * in_pitch + column[None, :]
     inside = (row < out_pitch)[:, None] & (column < in_pitch)[None, :]
-    value = tl.load(place, mask=inside & (begun != 0), other=0.0)
+    value = tl.load(place, mask=inside, other=0.0)
     for start in range(split * each, end, DEPTH):
         line = start + tl.arange(0, DEPTH)
         at = replica * lines + line
@@ -301,9 +301,7 @@ def through_the_output(call: Call, chunk: Chunk, space: Workspace, lines: Lines,
         sums.variance.add_(parts[2].sum((1, 2)))
 
 
-def through_the_layers(
-    call: Call, chunk: Chunk, space: Workspace, lines: Lines, transposed: list[Tensor], sums: Sums, begun: bool
-) -> None:
+def through_the_layers(call: Call, chunk: Chunk, space: Workspace, lines: Lines, transposed: list[Tensor], sums: Sums) -> None:
     """delta of the last layer -> the gradients of all weights and of the other biases, and to_z."""
     replicas, count = call.replicas, lines.share.shape[1]
     inputs, targets = [space.z, *space.hidden], [lines.to_z, *space.slopes]
@@ -312,8 +310,8 @@ def through_the_layers(
         h, below, total = inputs[i], targets[i], sums.weights[i]
         tiles = triton.cdiv(total.shape[2], call.tile.lines) * triton.cdiv(total.shape[3], call.tile.columns)
         gpu.launch(
-            weight_kernel, (replicas * total.shape[0] * tiles,), delta, h, total, count, chunk.lines, int(begun),
-            total.shape[0], total.shape[2], total.shape[3], **options(call, limited=False),
+            weight_kernel, (replicas * total.shape[0] * tiles,), delta, h, total, count, chunk.lines, total.shape[0],
+            total.shape[2], total.shape[3], **options(call, limited=False),
         )  # fmt: skip
         parts = delta.new_empty((replicas, count // call.tile.lines, below.shape[-1]), dtype=torch.float32)
         gpu.launch(
@@ -362,7 +360,7 @@ def backward(
         space = Workspace.of(call, plan.lines, True)
         lines = Lines.of(call, space)
         transposed = [padded(w.mT, tile).to(call.dtype) for w in decoder.weights]
-        for i, chunk in enumerate(itertools.islice(plan.chunks(call), chunks)):
+        for chunk in itertools.islice(plan.chunks(call), chunks):
             noise = decode(call, chunk, space, True)
             gpu.launch(
                 shares_kernel, (replicas * triton.cdiv(plan.lines, 1024),), space.base, space.partial, grad, log_likelihood,
@@ -370,7 +368,7 @@ def backward(
                 space.partial.shape[1], LINES=1024, num_warps=4,
             )  # fmt: skip
             through_the_output(call, chunk, space, lines, sums)
-            through_the_layers(call, chunk, space, lines, transposed, sums, i > 0)
+            through_the_layers(call, chunk, space, lines, transposed, sums)
             through_the_proposal(call, chunk, noise, lines, kind, sums)
         return sums
 
