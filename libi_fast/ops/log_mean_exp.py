@@ -35,19 +35,37 @@ def _native_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
     return flat.reshape(x.shape)
 
 
+def _triton_forward(x: Tensor) -> Tensor:
+    from libi_fast.kernels.log_mean_exp import gpu
+
+    return gpu.forward(x)
+
+
+def _triton_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    from libi_fast.kernels.log_mean_exp import gpu
+
+    return gpu.backward(grad, x, out)
+
+
+def _float32_only(*tensors: Tensor) -> str | None:
+    return None if tensors[0].dtype == torch.float32 else f"it computes in float32, got {tensors[0].dtype}"
+
+
 _forward: Any = lib.define(
     "log_mean_exp",
     "(Tensor log_weights, str backend) -> Tensor",
-    {"reference": reference.forward, "cpu": _native_forward},
+    {"reference": reference.forward, "cpu": _native_forward, "triton": _triton_forward},
     lambda x: x.new_empty(x.shape[:-1]),
     _vmap(lambda *args: _forward(*args)),
+    limits={"triton": _float32_only},
 )
 _backward: Any = lib.define(
     "log_mean_exp_backward",
     "(Tensor grad, Tensor log_weights, Tensor out, str backend) -> Tensor",
-    {"reference": reference.backward, "cpu": _native_backward},
+    {"reference": reference.backward, "cpu": _native_backward, "triton": _triton_backward},
     lambda grad, x, out: x.new_empty(x.shape),
     _vmap(lambda *args: _backward(*args)),
+    limits={"triton": _float32_only},
 )
 
 
