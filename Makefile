@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | clean.  Each makes .venv itself; PYTHON=... chooses the interpreter for it.
+# make demo | test | test-triton | lint | bench | gpu | clean.  Each makes .venv itself; PYTHON=... chooses the interpreter for it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help install demo test lint bench clean distclean
+.PHONY: help install demo test test-triton lint bench gpu clean distclean
 
 help:
 	@sed -n 1p Makefile | cut -c 3-
@@ -29,6 +29,13 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
 
+# The kernels compiled, not run, by another release of Triton: make test-triton VERSION=3.6.0
+OTHER := build/triton-$(VERSION)
+test-triton: $(STAMP)
+	@test -d $(OTHER) || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(OTHER) triton==$(VERSION)
+	PYTHONPATH=$(OTHER) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(VERSION)", triton'
+	PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -q tests/test_triton_compile.py $(ARGS)
+
 # Type checkers do not follow an editable install, and the kernels are a folder elsewhere until installed: mypy reads
 # a copy laid out as installed. It is made anew each time, so that no deleted file lingers.
 lint: $(STAMP)
@@ -40,6 +47,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Everything that needs a GPU, in pieces that fit the time (README); with the system's Python, whose torch knows the GPU.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -20,6 +20,7 @@ from offline import TARGETS, Key, Resources, key_of, resources
 from libi_fast.kernels import gpu
 from libi_fast.kernels.importance import gpu as importance
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
+from libi_fast.kernels.log_mean_exp import gpu as log_mean_exp
 from libi_fast.kernels.random import gpu as random
 from libi_fast.ops.importance import PRECISIONS
 
@@ -62,12 +63,21 @@ def noise_launches(kind: str, rows: int, first_draw: int, draws: int) -> list[gp
     return launches
 
 
+def log_mean_exp_launches(rows: int, samples: int) -> list[gpu.Launch]:
+    x = torch.empty(rows, samples, device=META)
+    with gpu.recorded() as launches:
+        out = log_mean_exp.forward(x)
+        log_mean_exp.backward(out, x, out)
+    return launches
+
+
 W2 = decoder([2, 50, 2], "tanh", "gaussian")
 WIDEST_NARROW = decoder([7, 256, 1], "gelu", "bernoulli")  # the most registers of all that the narrow kernels take
 WIDE = decoder([8, 100, 30], "gelu", "gaussian", output="sigmoid")  # the dearest activation, every gradient
 W3 = decoder([50, 200, 200, 784], "tanh", "bernoulli")
 # The workloads on which speed is quoted, at the sizes of a GPU.
 WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
+    "W1": lambda: [*log_mean_exp_launches(65_536, 5000), *log_mean_exp_launches(8, 1_000_000)],
     "W2": lambda: importance_launches(W2, 50_000, 5000, backward=False),
     "noise": lambda: [
         *noise_launches("normal", 50_000, 0, 10_000),
