@@ -44,9 +44,11 @@ def _compiled_library() -> str:
 
 
 def _triton() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return _line("triton", False, "not installed (GPU wheels of torch bring it; the CPU does without)")
-    return _line("triton", True, _version("triton") or "installed")
+    from libi_fast.kernels import gpu
+
+    reason = gpu.why_unavailable()
+    found = f"{_version('triton')}, " if importlib.util.find_spec("triton") else ""
+    return _line("triton kernels", reason is None, f"{found}{reason or 'they serve tensors on the GPU'}")
 
 
 def _gpu() -> str:
