@@ -1,6 +1,6 @@
 """``python -m benchmarks.gpu``: everything that needs a GPU, in one command that survives a time-out.
 
-Steps: install (offline, without build isolation), tests, sanitize (compute-sanitizer on one small case of each kernel), then the
+Steps: install (offline, without build isolation), tests, sanitize (compute-sanitizer on a small case of each kernel), then the
 workloads W1 to W4b against their peers. Each step runs in a process of its own and writes
 ``benchmarks/results/<gpu>/<step>.json`` as it goes; a step that is complete, and was made from the same sources, is skipped.
 
