@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +159,8 @@ def peers(
 ) -> list[Form]:  # fmt: skip
     """Those that return our numbers; of each kind the fastest two sizes, so that the last, interleaved rounds are short."""
     best: dict[str, list[tuple[float, Form]]] = {}
-    forms = list(workloads.torch_forms(p, precision, LINES, compiled=True))
-    if importlib.util.find_spec("jax") is not None:
-        from benchmarks import jax_forms
-
-        forms += jax_forms.forms(p, precision, LINES)
     late: set[str] = set()
-    for form in forms:
+    for form in all_forms(p, precision):
         kind = form.name.split(",")[0]
         entry = result["forms"].setdefault(f"{form.name}, {precision}", {})
         if kind in late:
@@ -178,8 +173,7 @@ def peers(
                 value = form.run()
                 finish(value)
                 entry["first call s"] = time.perf_counter() - start
-                rows = torch.as_tensor(_numbers(value[0]))[: p.x.shape[0]]
-                entry["whole run"] = workloads.agree(rows, expected.cpu(), precision)
+                entry["whole run"] = workloads.agree(torch.as_tensor(_numbers(value[0])), expected.cpu(), precision)
                 entry["ms"] = interleaved({"it": form.run}, 2)["it"]["best ms"]
                 if form.name.startswith("torch"):
                     entry["peak bytes"] = peak_memory(form.run)
@@ -192,6 +186,19 @@ def peers(
             best.setdefault(kind, []).append((entry["ms"], form))
         keep()
     return [form for kind in best.values() for _, form in sorted(kind, key=lambda pair: pair[0])[:2]]
+
+
+def all_forms(p: Problem, precision: str) -> Iterator[Form]:
+    """Eager in every size; what must be compiled in the middle ones."""
+    few = LINES[1:3]
+    yield from workloads.torch_forms(p, precision, "torch eager", LINES)
+    yield from workloads.torch_forms(p, precision, "torch.compile", few)
+    if p.workload.narrow:
+        yield from workloads.torch_forms(p, precision, "torch.compile by coordinate", few)
+    if importlib.util.find_spec("jax") is not None:
+        from benchmarks import jax_forms
+
+        yield from jax_forms.forms(p, precision, few)
 
 
 def _numbers(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.workloads import Form, Problem
+from benchmarks.workloads import Form, Problem, rows_of
 
 PRECISION = {"ieee": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}  # of products of float32 matrices
 
@@ -69,9 +69,9 @@ def forms(p: Problem, precision: str, lines: list[int]) -> Iterator[Form]:
     params = [tuple(jnp.asarray(t.cpu().numpy()) for t in pair) for pair in p.pairs]
     for name, function in functions.items():
         solve = solver(function)
-        for size in lines:
-            step = min(max(1, size // w.samples), w.rows)
-            chunks = -(-w.rows // step)
+        checker = jax.jit(solve)
+        for step in sorted({rows_of(size, w) for size in lines}):
+            chunks = w.rows // step
 
             def whole(params: Any, key: Any, x: Any, mean: Any, log_std: Any, solve=solve, step=step) -> Any:
                 """x [chunks, step, D] and the proposal alike: one loop on the device, gradients added up in it."""
@@ -89,32 +89,18 @@ def forms(p: Problem, precision: str, lines: list[int]) -> Iterator[Form]:
                 return [r.reshape(-1, *r.shape[2:]) for r in rows] + total
 
             jitted = jax.jit(whole)
-            padded = [pad(t, chunks * step).reshape(chunks, step, -1) for t in (p.x, p.mean, p.log_std)]
-            arrays = [jnp.asarray(t) for t in padded]
+            arrays = [jnp.asarray(t.cpu().numpy().reshape(chunks, step, -1)) for t in (p.x, p.mean, p.log_std)]
 
             def run(jitted=jitted, arrays=arrays) -> Any:
                 with jax.default_matmul_precision(PRECISION[precision]):
                     return tuple(jitted(params, jax.random.PRNGKey(0), *arrays))
 
-            def check(part: Problem, noise: Tensor, solve=solve) -> tuple[Tensor, ...]:
+            def check(part: Problem, noise: Tensor, checker=checker) -> tuple[Tensor, ...]:
                 import torch
 
                 numbers = [jnp.asarray(t.cpu().numpy()) for t in (part.x, part.mean, part.log_std, noise)]
                 with jax.default_matmul_precision(PRECISION[precision]):
-                    results = jax.jit(solve)(params, *numbers)
+                    results = checker(params, *numbers)
                 return tuple(torch.from_numpy(np.array(r)) for r in results)
 
             yield Form(f"{name}, {step} rows", precision, run, check)
-
-
-def pad(t: Tensor, rows: int) -> np.ndarray:
-    """The last row again, until there are whole chunks; they cost time, and count in no sum that is compared."""
-    array = t.cpu().numpy()
-    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), 0)])
-
-
-def value_of(result: Any, rows: int) -> Tensor:
-    """The log-likelihoods of a run, without what was padded."""
-    import torch
-
-    return torch.from_numpy(np.array(result[0])[:rows])

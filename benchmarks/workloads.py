@@ -177,6 +177,12 @@ def by_lanes(pairs: Pairs, x: Tensor, mean: Tensor, log_std: Tensor, noise: Tens
     return log_weights.logsumexp(-1) - math.log(noise.shape[1])
 
 
+def rows_of(lines: int, w: Workload) -> int:
+    """Rows of a chunk of at most ``lines`` samples: a divisor of all rows, so that a compiler sees one shape."""
+    most = max(1, min(w.rows, lines // w.samples))
+    return next(step for step in range(most, 0, -1) if w.rows % step == 0)
+
+
 class Form(NamedTuple):
     """A peer: ``run`` does the whole workload; ``check`` does the problem it is given, with the noise it is given."""
 
@@ -186,10 +192,9 @@ class Form(NamedTuple):
     check: Callable[[Problem, Tensor], tuple[Tensor, ...]]
 
 
-def chunked(p: Problem, function: Callable[..., Tensor], lines: int, draw: Callable[[int], Tensor]) -> tuple[Tensor, ...]:
-    """Row chunks of about ``lines`` samples, one after another; gradients of parameters are added up."""
+def chunked(p: Problem, function: Callable[..., Tensor], step: int, draw: Callable[[int], Tensor]) -> tuple[Tensor, ...]:
+    """``step`` rows after another; gradients of parameters are added up."""
     w = p.workload
-    step = max(1, lines // w.samples)
     values, to_rows, to_pairs = [], [], None
     for start in range(0, p.x.shape[0], step):
         part = p.first(start + step)
@@ -213,30 +218,26 @@ def chunked(p: Problem, function: Callable[..., Tensor], lines: int, draw: Calla
     return value, *(torch.cat(g) for g in zip(*to_rows, strict=True)), *to_pairs
 
 
-def torch_forms(p: Problem, precision: str, lines: list[int], compiled: bool) -> Iterator[Form]:
-    """Eager, and compiled where asked for; a compiled form of a narrow decoder also coordinate by coordinate."""
-    functions = {"torch eager": log_likelihood}
-    if compiled:
-        functions["torch.compile"] = torch.compile(log_likelihood, dynamic=False)
-        if p.workload.narrow:
-            functions["torch.compile by coordinate"] = torch.compile(by_lanes, dynamic=False)
+def torch_forms(p: Problem, precision: str, name: str, lines: list[int]) -> Iterator[Form]:
+    """``name`` is "torch eager", "torch.compile" or, for narrow decoders, "torch.compile by coordinate"."""
+    function = by_lanes if name.endswith("by coordinate") else log_likelihood
+    if name != "torch eager":
+        function = torch.compile(function, dynamic=False)
     latents, samples = p.mean.shape[1], p.workload.samples
-    for name, function in functions.items():
-        for size in lines:
-            step = max(1, size // samples)
+    for step in sorted({rows_of(size, p.workload) for size in lines}):
 
-            def run(function=function, size=size, step=step):
-                def draw(start: int) -> Tensor:
-                    return torch.randn(step, samples, latents, device=p.x.device)
+        def run(step=step):
+            def draw(start: int) -> Tensor:
+                return torch.randn(step, samples, latents, device=p.x.device)
 
-                with autocast(precision, p.x.device):
-                    return chunked(p, function, size, draw)
+            with autocast(precision, p.x.device):
+                return chunked(p, function, step, draw)
 
-            def check(part: Problem, noise: Tensor, function=function, size=size):
-                with autocast(precision, p.x.device):
-                    return chunked(part, function, size, lambda start: noise[start:])
+        def check(part: Problem, noise: Tensor, step=step):
+            with autocast(precision, p.x.device):
+                return chunked(part, function, step, lambda start: noise[start:])
 
-            yield Form(f"{name}, {step} rows", precision, run, check)
+        yield Form(f"{name}, {step} rows", precision, run, check)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

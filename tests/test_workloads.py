@@ -29,7 +29,7 @@ def solved(p: Problem) -> tuple[torch.Tensor, ...]:
 def test_torch_peers_return_our_numbers(name):
     p = tiny(name)
     noise, truth = workloads.noise_of(p), solved(p)
-    for form in workloads.torch_forms(p, "ieee", [24, 10**6], compiled=False):
+    for form in workloads.torch_forms(p, "ieee", "torch eager", [24, 10**6]):
         found = form.check(p, noise)
         assert len(found) == len(truth) == (7 + 2 * (len(p.pairs) - 2) if p.workload.backward else 1)
         for a, b in zip(found, truth, strict=True):
@@ -57,7 +57,12 @@ def test_jax_peers_return_our_numbers(name):
     for form in forms:
         for a, b in zip(form.check(p, noise), truth, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=float(3e-5 * b.abs().max()))
-        assert jax_forms.value_of(form.run(), 5).shape == (5,)
+        assert form.run()[0].shape == (5,)
+
+
+def test_a_chunk_divides_the_rows():
+    w = WORKLOADS["W2"]
+    assert [workloads.rows_of(lines, w) for lines in (1, 2**20, 2**40)] == [1, 200, w.rows]
 
 
 def test_a_wrong_answer_is_not_allowed():
