@@ -1,10 +1,10 @@
 """log_mean_exp and its gradient (kernels/log_mean_exp/reference.py) in Triton.
 
 Bound: memory. Forward reads 4 bytes a number, backward reads 4 and writes 4. With 5000 numbers a row forward issues 13
-instructions a number (sm_90 code, counted), half of what an H200 can issue while it reads 4.8 TB/s; such a rate, at 0.8 us from
-request to arrival, needs 29 KB in flight an SM. A program is two warps that ask for 1024 numbers at a time (4 KB, 16 numbers a
-thread in loads of 16 bytes); at 40 registers 25 programs, 100 KB, fit an SM. Fewer and larger programs would fill more of their
-last step with nothing.
+instructions a number (counted in sm_90 code), half of what an H200 can issue while it reads 4.8 TB/s; such a rate, at 0.8 us
+from request to arrival, needs 29 KB in flight an SM. A program is two warps that ask for 1024 numbers at a time (4 KB, 16
+numbers a thread in loads of 16 bytes); at 40 registers 25 programs, 100 KB, fit an SM. Larger programs would fill more of
+their last step with nothing.
 
 Forward keeps a pivot (the largest number so far) and the sum of exp(x - pivot) in each of LANES lanes, so that a step of a long
 row needs no exchange between threads; lanes, and the spans that a row is cut into when rows are few, are merged at the end in

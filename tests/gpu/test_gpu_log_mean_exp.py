@@ -191,16 +191,18 @@ def test_the_same_bits_twice(way, device):
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_addresses_past_2_to_the_31(tall, device, tmp_path: Path):
-    """Rows, or samples, that lie 2^31 numbers and more apart. On the CPU a sparse file is the memory in between."""
-    step, count = 2**31 + 5, 5
+    """Rows, or samples, 2^30 numbers apart: the step fits 32 bits, a product with it does not. On the CPU a sparse file is the
+    memory in between."""
+    step, count = 2**30 + 3, 5
+    size = 2 * step + count
     if device.type == "cuda":
         if torch.cuda.mem_get_info()[0] < 12 * 2**30:
             pytest.skip("less than 12 GiB of GPU memory free")
-        storage = torch.empty(step + count, device=device)
+        storage = torch.empty(size, device=device)
     else:
-        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=step + count)
-    x = storage.as_strided((2, count), (step, 1))
-    x.copy_(torch.randn(2, count))
+        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size)
+    x = storage.as_strided((3, count), (step, 1))
+    x.copy_(torch.randn(3, count))
     check(x.mT if tall else x)
 
 
