@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -47,8 +46,9 @@ def _triton() -> str:
     from libi_fast.kernels import gpu
 
     reason = gpu.why_unavailable()
-    found = f"{_version('triton')}, " if importlib.util.find_spec("triton") else ""
-    return _line("triton kernels", reason is None, f"{found}{reason or 'they serve tensors on the GPU'}")
+    text = reason or ("interpreted, on CPU tensors" if gpu.interpreted() else "they serve tensors on the GPU")
+    release = _version("triton")
+    return _line("triton kernels", reason is None, f"{release}, {text}" if release else text)
 
 
 def _gpu() -> str:

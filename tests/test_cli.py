@@ -171,7 +171,7 @@ def test_doctor(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert all(line.startswith(("ok ", "missing ")) for line in out)
-    for name in ("torch", "compiled library", "triton", "GPU", "pandas", "rich"):
+    for name in ("torch", "compiled library", "triton kernels", "GPU", "pandas", "rich"):
         assert any(name in line for line in out)
 
 
@@ -186,6 +186,29 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "missing pandas            for .csv and .parquet files: pip install 'libi-fast[full]'" in out
     assert "missing compiled library  no compiler" in out
+
+
+@pytest.mark.parametrize("release", ["3.7.1", None])
+@pytest.mark.parametrize(
+    ("reason", "interpreted", "expected"),
+    [
+        ("torch sees no GPU", False, ("missing", "torch sees no GPU")),
+        (None, False, ("ok", "they serve tensors on the GPU")),
+        (None, True, ("ok", "interpreted, on CPU tensors")),
+    ],
+)
+def test_doctor_says_whether_triton_kernels_serve(capsys, monkeypatch, reason, interpreted, expected, release):
+    monkeypatch.setattr("libi_fast.doctor._version", lambda name: release)
+    monkeypatch.setattr("libi_fast.kernels.gpu.why_unavailable", lambda: reason)
+    monkeypatch.setattr("libi_fast.kernels.gpu.interpreted", lambda: interpreted)
+    assert main(["doctor"]) == 0
+    status, text = expected
+    assert f"{status:<8}triton kernels    {release + ', ' if release else ''}{text}" in capsys.readouterr().out.splitlines()
+
+
+def test_doctor_imports_no_triton():
+    program = "import sys; from libi_fast import doctor; list(doctor.report()); sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 
 @pytest.mark.slow
