@@ -32,9 +32,11 @@ test: $(STAMP)
 # The kernels compiled, not run, by another release of Triton: make test-triton VERSION=3.6.0
 OTHER := build/triton-$(VERSION)
 test-triton: $(STAMP)
-	@test -d $(OTHER) || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(OTHER) triton==$(VERSION)
-	PYTHONPATH=$(OTHER) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(VERSION)", triton'
-	PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -q tests/test_triton_compile.py $(ARGS)
+	@test -n "$(VERSION)" || { echo "which release of Triton? make test-triton VERSION=3.6.0"; exit 1; }
+	@test -d $(OTHER)/triton-$(VERSION).dist-info || \
+		$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(OTHER) triton==$(VERSION)
+	@PYTHONPATH=$(OTHER) $(BIN)/python -c 'import triton; found = triton.__version__; assert found == "$(VERSION)", f"this is Triton {found}"'
+	@PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -q tests/test_triton_compile.py $(ARGS)
 
 # Type checkers do not follow an editable install, and the kernels are a folder elsewhere until installed: mypy reads
 # a copy laid out as installed. It is made anew each time, so that no deleted file lingers.
