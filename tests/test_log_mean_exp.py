@@ -131,9 +131,9 @@ def test_bad_input(backend: str) -> None:
 def test_a_backend_that_is_not_there() -> None:
     with pytest.raises(lf.InputError, match=r"backend must be one of.*'nonsense'"):
         lf.log_mean_exp(torch.zeros(3), backend="nonsense")
-    with pytest.raises(lf.InputError, match="no 'triton' backend"):
+    with pytest.raises(lf.InputError, match="'triton' was asked for log_mean_exp, but"):
         lf.log_mean_exp(torch.zeros(3), backend="triton")
-    with lf.use_backend("triton"), pytest.raises(lf.InputError, match="no 'triton' backend"):
+    with lf.use_backend("triton"), pytest.raises(lf.InputError, match="'triton' was asked for log_mean_exp, but"):
         lf.log_mean_exp(torch.zeros(3))
 
 
