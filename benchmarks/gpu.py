@@ -1,7 +1,7 @@
 """``python -m benchmarks.gpu``: everything that needs a GPU, in one command that survives a time-out.
 
-Steps: install (offline, without build isolation), tests, sanitize (compute-sanitizer on a small case of each kernel), then the
-workloads W1 to W4b against their peers. Each step runs in a process of its own and writes
+Steps: install (offline, without build isolation), each file of tests/gpu, sanitize (compute-sanitizer on a small case of each
+kernel), then the workloads W1 to W4b against their peers. Each step runs in a process of its own and writes
 ``benchmarks/results/<gpu>/<step>.json`` as it goes; a step that is complete, and was made from the same sources, is skipped.
 
 Exit code: 0 everything is there, 1 a step failed, 2 time ran out before the last step (call again), 3 there is no GPU.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,10 +38,14 @@ class Step(NamedTuple):
 
 def steps() -> list[Step]:
     here = ("{python}", "-m", "benchmarks.gpu", "--step")
+    # Most of a test's time goes to compilers, one a kernel and configuration: side by side where pytest-xdist is installed.
+    pytest = ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider", *(("-n", "8") if find_spec("xdist") else ()))
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    tests = [Step(path.stem, (*pytest, path.relative_to(ROOT).as_posix()), 540) for path in files]
     workloads = [Step(name, (*here, name, "--json", "{out}", "{quick}"), 540) for name in ("W1", "W2", "W3", "W4a", "W4b")]
     return [
         Step("install", ("{python}", "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."), 240),
-        Step("tests", ("{python}", "-m", "pytest", "-q", "tests/gpu", "-p", "no:cacheprovider"), 540),
+        *tests,
         Step("sanitize", (*here, "sanitize", "--json", "{out}", "{quick}"), 300, counts=False),
         *workloads,
     ]
@@ -81,8 +86,9 @@ def run_step(step: Step, path: Path, quick: bool, seconds: float) -> dict[str, A
     with log.open("w") as output:
         try:
             code: int | str = subprocess.run(
-                [word for word in command if word], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds
-            ).returncode
+                [word for word in command if word], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds,
+                env={"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ},  # or cuBLAS warns where tests ask for determinism
+            ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             code = "cut off"
     tail = log.read_text(errors="replace")[-4000:]
