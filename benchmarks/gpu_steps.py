@@ -77,12 +77,15 @@ def measure_w1(w: Workload, card: Card, result: dict[str, Any], keep: Callable[[
     def both(function: Callable[..., torch.Tensor]) -> torch.Tensor:
         return torch.autograd.grad(function(leaf), leaf, grad)[0]
 
-    slope = both(eager)[:64].clone()
+    slope = torch.softmax(x[:64].double(), -1) * grad[:64, None]
     for name, function in functions.items():
         off = float((function(x)[:64].double() - truth).abs().max())
-        off_slope = float((both(function)[:64] - slope).abs().max())
-        result["forms"][name] = {"error": off, "gradient error": off_slope, "allowed": off < 1e-3 and off_slope < 1e-6}
+        off_slope = float((both(function)[:64].double() - slope).abs().max())
+        result["forms"][name] = {"error": off, "gradient error": off_slope, "allowed": off < 1e-3 and off_slope < 2e-5}
+    keep()
     allowed = {name: f for name, f in functions.items() if result["forms"][name]["allowed"]}
+    if "libi_fast" not in allowed:
+        raise SystemExit(f"log_mean_exp is wrong on this GPU: {result['forms']['libi_fast']}")
     summary = []
     for what, moved in (("forward", 4 * x.numel()), ("fwd+bwd", 12 * x.numel())):
         forms = {n: functools.partial(f, x) if what == "forward" else functools.partial(both, f) for n, f in allowed.items()}
