@@ -324,6 +324,7 @@ def merge_kernel(
         pivot, first_sum, second_sum = merge(pivot, first_sum, second_sum, value, 1)
         if KEEP:
             tl.store(weights + replica * height * width + line, value, mask=drawn)
+    tl.debug_barrier()  # several threads hold a row's sums: all must have read them
     tl.store(place, pivot, mask=valid)
     tl.store(place + size, first_sum, mask=valid)
     tl.store(place + 2 * size, second_sum, mask=valid)

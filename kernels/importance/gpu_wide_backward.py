@@ -123,6 +123,7 @@ def delta_kernel(
             sum_variance += tl.sum(weight * to_variance(e, precision[None, :]), 0)
         e = weight * e * activation_slope(a, o, OUTPUT)
         sum_delta += tl.sum(e, 0)
+        tl.debug_barrier()  # several threads hold an element of a tile smaller than the program: all must have read it
         tl.store(delta + line[:, None] * pitch + column[None, :], e.to(delta.dtype.element_ty), mask=inside)
     place = sums + piece * outputs + column
     tl.store(place, sum_delta, mask=known)
