@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import libi_fast as lf
-from libi_fast.training.method import elbo_terms
+from libi_fast.training.distributed import Rows
+from libi_fast.training.objectives import elbo_terms
 from libi_fast.training.replicas import Replicas, System
 
 SEEDS = range(10, 15)
@@ -39,7 +40,7 @@ def polish(fitted: Any, data: Any) -> float:
     x = data.train.double()
 
     def objective() -> torch.Tensor:
-        return torch.stack(list(elbo_terms(replicas, x, no_noise).values())).sum()
+        return torch.stack(list(elbo_terms(replicas, Rows.whole(x), no_noise).values())).sum()
 
     def no_noise() -> torch.Tensor:
         raise RuntimeError("the closed form needs no draws")

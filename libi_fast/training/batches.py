@@ -1,9 +1,9 @@
-"""One phase of training: Adam over all replicas at once, until convergence or an epoch count."""
+"""Training data as batches of rows."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import mmap
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from libi_fast.errors import InputError
 from libi_fast.ops._library import check_finite
-from libi_fast.training import distributed
-from libi_fast.training.replicas import Loss
-
-REPORTS = 50  # history records a phase
+from libi_fast.training.distributed import Rows
 
 
 class Batches:
@@ -64,20 +61,34 @@ class Batches:
             raise InputError("train gives no batch")
         return torch.cat(seen)
 
-    def epoch(self) -> Iterator[Tensor]:
+    def epoch(self) -> Iterator[Rows]:
         """Batches of one epoch; one smaller than ``least`` (the last of a loader) is left out."""
         if self.loader is not None:
             for batch in self.loader:
-                rows = as_rows(_first(batch), self.like, "a batch of train")
-                if len(rows) >= self.least:
-                    yield self.transform(rows)
+                rows = Rows.own(self.transform(as_rows(_first(batch), self.like, "a batch of train")))
+                if rows.total >= self.least:
+                    yield rows
         elif self.batch_size is None:
-            yield self.rows
+            yield Rows.part_of(self.rows)
         else:
-            order = torch.randperm(len(self.rows), generator=self.generator)
+            order = torch.randperm(self.rows.shape[-2], generator=self.generator)
             for index in order.split(self.batch_size):
                 if len(index) >= self.least:
-                    yield self.rows[index]
+                    yield Rows.part_of(self.rows[..., index, :])
+
+    def state(self) -> list[Tensor]:
+        """Of every generator that orders the rows."""
+        return [g.get_state() for g in self._generators()]
+
+    def load(self, state: list[Tensor]) -> None:
+        for generator, value in zip(self._generators(), state, strict=True):
+            generator.set_state(value)
+
+    def _generators(self) -> list[torch.Generator]:
+        loader = self.loader
+        sources = [self, loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+        found = [g for s in sources if (g := getattr(s, "generator", None)) is not None]
+        return list({id(g): g for g in found}.values())
 
     def require(self, least: int, why: str) -> None:
         """Raise InputError where a batch would hold fewer than ``least`` rows."""
@@ -115,84 +126,8 @@ def as_rows(data: Any, like: Tensor, name: str) -> Tensor:
     return rows
 
 
-class Schedule:
-    """Constant rate, then cosine decay over as many epochs: half the budget each, or less once the objective stands still.
-
-    The rate rises linearly over the first 2% of the budget: Adam's first steps have the size of the rate in every parameter,
-    which on a large network throws white codes far from covariance I.
-
-    Converged: over the last ``patience`` epochs no live replica's mean objective fell by more than ``tolerance`` nats against
-    the ``patience`` epochs before.
-    """
-
-    def __init__(self, epochs: int, rate: float, tolerance: float | None, patience: int, decay: bool = True):
-        self.epochs, self.rate, self.tolerance, self.patience = epochs, rate, tolerance, patience
-        self.decay = decay
-        self.decay_from = math.ceil(epochs / 2) if decay else epochs
-        self.ramp = max(1, epochs // 50)
-        self.window: list[Tensor] = []
-        self.before: Tensor | None = None
-
-    def rate_at(self, epoch: int) -> float:
-        if epoch < self.decay_from:
-            return self.rate * min(1.0, (epoch + 1) / self.ramp)
-        return 0.5 * self.rate * (1 + math.cos(math.pi * (epoch - self.decay_from) / max(1, self.epochs - self.decay_from)))
-
-    def record(self, epoch: int, objective: Tensor) -> None:
-        if self.tolerance is None or epoch + 1 >= self.decay_from:
-            return
-        self.window.append(objective)
-        if len(self.window) < self.patience:
-            return
-        now, self.window = torch.stack(self.window).mean(0), []
-        if self.before is not None and bool((~((self.before - now) > self.tolerance)).all()):
-            self.decay_from = epoch + 1
-            self.epochs = min(self.epochs, 2 * (epoch + 1)) if self.decay else epoch + 1
-        self.before = now
-
-
-def optimise(
-    parameters: Sequence[Tensor], loss: Loss, batches: Batches, schedule: Schedule, phase: str, step: int,
-    report: Callable[[dict[str, Any]], None], tick: Callable[[float], None],
-) -> int:  # fmt: skip
-    """Minimise the sum of the terms; returns the number of steps done so far, the next phase's first.
-
-    Raises:
-        FloatingPointError: every replica's objective is NaN or infinite; the message names epoch and term. A single replica
-        that turns non-finite stays so while the others go on.
-    """
-    optimiser = torch.optim.Adam(parameters, lr=schedule.rate, fused=all(p.is_floating_point() for p in parameters))
-    every = max(1, schedule.epochs // REPORTS)
-    epoch = 0
-    while epoch < schedule.epochs:
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.rate_at(epoch)
-        sums: dict[str, Tensor] = {}
-        count = 0
-        for batch in batches.epoch():
-            terms = loss(batch, step)
-            objective = torch.stack(list(terms.values())).sum(0)
-            optimiser.zero_grad(set_to_none=True)
-            objective.sum().backward()
-            distributed.sum_gradients(parameters)
-            optimiser.step()
-            step += 1
-            count += 1
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-        if not count:
-            raise InputError(f"no batch of at least {batches.least} rows in an epoch")
-        means = {k: v / count for k, v in sums.items()}
-        objective = torch.stack(list(means.values())).sum(0)
-        schedule.record(epoch, objective)
-        alive = torch.isfinite(objective)
-        if not bool(alive.any()):
-            bad = [k for k, v in means.items() if not bool(torch.isfinite(v).any())] or list(means)
-            raise FloatingPointError(
-                f"training became non-finite in {phase}, epoch {epoch}: {', '.join(bad)} of all {len(objective)} restarts"
-            )
-        if epoch % every == 0 or epoch + 1 >= schedule.epochs:
-            report({"phase": phase, "epoch": epoch, **{k: v.tolist() for k, v in means.items()}})
-        tick(float(objective[alive].min()) if epoch % every == 0 else math.nan)
-        epoch += 1
-    return step
+def forget_pages(data: Any) -> None:
+    """Let go of the pages of a memory-mapped array that were read: they count as this process's memory until then."""
+    pages = getattr(data, "_mmap", None)
+    if pages is not None and hasattr(pages, "madvise") and data.mode in ("r", "r+"):
+        pages.madvise(mmap.MADV_DONTNEED)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from libi_fast.errors import InputError
 from libi_fast.ops.henze_zirkler import henze_zirkler_statistic
-from libi_fast.training import distributed
+from libi_fast.training.batches import Batches
 from libi_fast.training.constraints import moment_errors, safe_exp
-from libi_fast.training.method import Method, Run, elbo_terms
-from libi_fast.training.optimise import Batches
-from libi_fast.training.replicas import Replicas, System, chosen
+from libi_fast.training.distributed import Rows
+from libi_fast.training.method import Method, elbo_at_start, fit_decoder
+from libi_fast.training.objectives import elbo_terms
+from libi_fast.training.replicas import Replicas, System
+from libi_fast.training.run import Phase, Run, Stage, Terms
 from libi_fast.training.start import copy_encoder, mirror_codes, start_std, whiten_codes
 
 STEP1_SHARE = 2 / 3  # of a repeat's epochs
@@ -82,92 +81,86 @@ class LiBI(Method):
         batches.require(least, f"LiBI's statistics of {self.model.latent_dim}-dimensional codes")
 
     def _systems(self, restarts: int, seed: int) -> list[System]:
-        if not self.settings["warm_up"]:
+        if not self._candidates_train:
             return super()._systems(restarts, seed)
         count = self.settings["candidates"]  # one seed a mirrored pair
         pairs = super()._systems(restarts * -(-count // 2), seed)
         return [pairs[r * -(-count // 2) + c // 2] for r in range(restarts) for c in range(count)]
 
+    @property
+    def _candidates_train(self) -> bool:
+        return self.settings["warm_up"] > 0 and self.settings["candidates"] > 1
+
     # --- step 1 ---
 
-    def step1_terms(self, replicas: Replicas, x: Tensor) -> dict[str, Tensor]:
-        """The terms of step 1's objective on rows x [B, D], each [R]; with torch.distributed, this process's share of the
-        likelihood and the statistics of all processes' codes."""
+    def step1_terms(self, replicas: Replicas, rows: Rows) -> Terms:
+        """The terms of step 1's objective on rows of x, each [R]: this process's shares."""
         s = self.settings
-        z = replicas.codes(x)
-        log_prob = replicas.log_prob(x, z)
-        every = distributed.gather_rows(z)
+        z = replicas.codes(rows.values)
+        every = rows.gather(z)
         off_mean, off_covariance = moment_errors(every)
         return {
-            "reconstruction": -log_prob.sum(-1) / every.shape[-2],
-            "henze_zirkler": s["hz_weight"] * safe_exp(henze_zirkler_statistic(every)),
-            "covariance": safe_exp(off_covariance / s["covariance_tolerance"]),
-            "mean": safe_exp(off_mean / s["mean_tolerance"]),
+            "reconstruction": -rows.mean(replicas.log_prob(rows.values, z)),
+            "henze_zirkler": rows.share(s["hz_weight"] * safe_exp(henze_zirkler_statistic(every))),
+            "covariance": rows.share(safe_exp(off_covariance / s["covariance_tolerance"])),
+            "mean": rows.share(safe_exp(off_mean / s["mean_tolerance"])),
         }
 
-    def _step1(self, run: Run, epochs: int, first: bool) -> Tensor:
-        replicas, s = run.replicas, self.settings
-        prefix = "inference." if replicas.template.encoder is None else "encoder."
+    def _step1(self, run: Run, epochs: int, first: bool) -> list[Stage]:
+        s = self.settings
+        prefix = "encoder." if first and run.replicas.template.encoder is not None else "inference."
 
-        def step1(name: str, epochs: int, decay: bool) -> Tensor:
-            return run.phase(
-                name, epochs, [*replicas.group("model."), *replicas.group(prefix)],
-                lambda x, step: self.step1_terms(replicas, x), lambda: self.step1_terms(replicas, run.validation), decay,
+        def phase(name: str, epochs: int, decay: bool = True) -> Phase:
+            return Phase(
+                name, epochs, ("model.", prefix), lambda rows, step: self.step1_terms(run.replicas, rows),
+                lambda: self.step1_terms(run.replicas, run.validation), decay,
             )  # fmt: skip
 
-        if first and not run.options["warm_start"]:
-            if s["whiten"]:
-                whiten_codes(replicas, prefix, run.batches.rows)
-            warm_up = min(s["warm_up"], epochs // 6)
-            per_restart = replicas.count // run.restarts
-            if per_restart > 1:
-                mirror_codes(replicas, prefix, per_restart)
-            run.fit_decoder(warm_up)
+        if not first or run.options["warm_start"]:
+            return [phase("step 1", epochs)]
+        warm_up, stages = min(s["warm_up"], epochs // 6), list[Stage]()
+        if s["whiten"]:
+            stages += [lambda run: whiten_codes(run.replicas, prefix, run.batches.rows)]
+        if self._candidates_train:
+            stages += [lambda run: mirror_codes(run.replicas, prefix, s["candidates"])]
+        stages += [fit_decoder(run, warm_up)]
+        if self._candidates_train:
+            stages += [phase("candidates", warm_up, False), lambda run: run.keep_best(run.restarts, 1)]
             epochs -= warm_up
-            if per_restart > 1:
-                scores = step1("candidates", warm_up, False).view(run.restarts, per_restart)
-                scores = torch.where(torch.isfinite(scores), scores, math.inf)
-                run.keep(scores.argmin(1) + per_restart * torch.arange(run.restarts))
-                epochs -= warm_up
-        return step1("step 1", epochs, True)
+        return [*stages, phase("step 1", epochs - warm_up)]
 
     # --- step 2 ---
 
-    def _step2(self, run: Run, epochs: int, first: bool) -> None:
-        replicas, latent_dim = run.replicas, self.model.latent_dim
-        if first:
-            if replicas.template.encoder is not None:
-                copy_encoder(replicas, latent_dim)
-            if not run.options["warm_start"]:
-                start_std(replicas, run.elbo_at_start, self.settings["initial_std"])
-        theta = replicas.group("model.")
-        for p in theta:
-            p.requires_grad_(False)
-        try:
-            run.phase(
-                "step 2", epochs, replicas.group("inference."),
-                lambda x, step: elbo_terms(replicas, x, run.noise(len(x), 1, latent_dim, step)),
-                lambda: elbo_terms(replicas, run.validation, run.validation_noise(latent_dim)),
-            )  # fmt: skip
-        finally:
-            for p in theta:
-                p.requires_grad_(True)
+    def _step2(self, run: Run, epochs: int, first: bool) -> list[Stage]:
+        stages: list[Stage] = []
+        if first and run.replicas.template.encoder is not None:
+            stages += [lambda run: copy_encoder(run.replicas, self.model.latent_dim)]
+        if first and not run.options["warm_start"]:
+            stages += [lambda run: start_std(run.replicas, lambda: elbo_at_start(run), self.settings["initial_std"])]
+        phase = Phase(
+            "step 2", epochs, ("inference.",),
+            lambda rows, step: elbo_terms(run.replicas, rows, run.noise(rows, 1, step)),
+            lambda: elbo_terms(run.replicas, run.validation, run.validation_noise()),
+        )  # fmt: skip
+        return [*stages, phase]
 
-    def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
-        replicas, repeats = run.replicas, self.settings["repeats"]
-        best: dict[str, Tensor] = {}
-        scores = torch.empty(0)
+    def _stages(self, run: Run, epochs: int) -> list[Stage]:
+        repeats = self.settings["repeats"]
+        stages: list[Stage] = []
         for repeat in range(repeats):
             share = epochs * (repeat + 1) // repeats - epochs * repeat // repeats
             step1 = round(share * STEP1_SHARE)
-            first = repeat == 0
-            objective = self._step1(run, step1, first)
-            self._step2(run, share - step1, first)
-            run.history.append({"phase": "repeat", "repeat": repeat, "objective": objective.tolist()})
-            if first:
-                replicas.drop_encoder()  # step 3: h is the mean of q from here on
-                best, scores = replicas.snapshot(), objective
-            else:
-                better = objective < scores
-                best, scores = chosen(better, replicas.snapshot(), best), torch.where(better, objective, scores)
-        return best, scores
+            stages += self._step1(run, step1, repeat == 0)
+            stages += [Run.judge]  # theta is judged by step 1's objective, whatever step 2 makes of q
+            stages += self._step2(run, share - step1, repeat == 0)
+            stages += [_end_repeat(repeat)]
+        return stages
+
+
+def _end_repeat(repeat: int) -> Stage:
+    def stage(run: Run) -> None:
+        run.note(phase="repeat", repeat=repeat, objective=run.judged)
+        run.replicas.drop_encoder()  # step 3: h is the mean of q from here on
+        run.consider()
+
+    return stage

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from os import PathLike
 from typing import Any
 
 import torch
@@ -15,135 +17,35 @@ from libi_fast.errors import InputError
 from libi_fast.estimators import LogLikelihood, log_likelihood
 from libi_fast.models.model import LatentVariableModel, MeanField, evaluation_mode
 from libi_fast.models.networks import describe
-from libi_fast.ops.random import Stream, as_replicas, as_seed, philox_normal
+from libi_fast.ops.random import as_replicas, as_seed
 from libi_fast.training import distributed
-from libi_fast.training.optimise import Batches, Schedule, as_rows, optimise
-from libi_fast.training.replicas import Loss, Replicas, System, chosen, make_system, torch_seed
+from libi_fast.training.batches import Batches, as_rows, forget_pages
+from libi_fast.training.checkpoint import Checkpoint, digest
+from libi_fast.training.distributed import Rows
+from libi_fast.training.objectives import elbo_terms
+from libi_fast.training.replicas import Replicas, System, make_system, torch_seed
+from libi_fast.training.run import Phase, Run, Stage, Terms, total
 from libi_fast.training.start import start_std, whiten_codes
 
-VALIDATION_SAMPLES = 16
+BLOCK_ROWS = 2**16  # evaluated at once
 
 
-class Run:
-    """One call of ``fit``: replicas, data, random numbers and the bar, handed to the method's phases."""
+def fit_decoder(run: Run, epochs: int) -> Phase:
+    """Train the generative model alone, on the codes as they are."""
 
-    def __init__(
-        self, replicas: Replicas, batches: Batches, validation: Tensor, seed: Tensor, options: dict[str, Any], bar: tqdm
-    ):
-        self.replicas, self.batches, self.validation, self.seed, self.bar = replicas, batches, validation, seed, bar
-        self.options = options
-        self.restarts: int = options["restarts"]
-        self.history: list[dict[str, Any]] = []
-        self.step = 0
-        self.fraction = 0.0  # of the present phase's epochs
-        self.ids = as_replicas(replicas.count, seed.device)
+    def on_frozen_codes(rows: Rows, step: int) -> Terms:
+        with torch.no_grad():
+            z = run.replicas.codes(rows.values)
+        return {"reconstruction": -rows.mean(run.replicas.log_prob(rows.values, z))}
 
-    def phase(
-        self, name: str, epochs: int, parameters: list[Tensor], loss: Loss,
-        validate: Callable[[], dict[str, Tensor]] | None = None, decay: bool = True,
-    ) -> Tensor:  # fmt: skip
-        """Minimise ``loss`` over ``parameters`` for at most ``epochs`` epochs.
-
-        ``validate`` gives the terms on held-out rows. Returns their sum as the phase ends, [R]; with early stopping each
-        replica ends where that sum, looked at some 50 times, was lowest.
-        """
-        o, replicas = self.options, self.replicas
-        stop_early = o["early_stopping"] and validate is not None
-        best, scores = replicas.snapshot(), torch.full((replicas.count,), math.inf, dtype=replicas.dtype)
-
-        @torch.no_grad()
-        def held_out() -> Tensor:
-            assert validate is not None
-            with evaluation_mode(replicas.template):
-                return torch.stack(list(validate().values())).sum(0)
-
-        def record(entry: dict[str, Any]) -> None:
-            nonlocal best, scores
-            if stop_early:
-                value = held_out()
-                better = value < scores
-                best, scores = chosen(better, replicas.snapshot(), best), torch.where(better, value, scores)
-                entry["validation"] = value.tolist()
-            self.history.append(entry)
-
-        if epochs >= 1 and parameters:
-            schedule = Schedule(epochs, o["learning_rate"], o["tolerance"], o["patience"], decay)
-            done = 0
-
-            self.fraction = 0.0
-
-            def tick(objective: float) -> None:
-                nonlocal done
-                done += 1
-                self.fraction = done / epochs
-                self.bar.update(1)
-                if not math.isnan(objective):
-                    self.bar.set_postfix_str(f"{name} {objective:.4g}", refresh=False)
-
-            self.step = optimise(parameters, loss, self.batches, schedule, name, self.step, record, tick)
-            self.bar.update(epochs - done)  # converged early: the bar jumps
-            if stop_early:
-                replicas.restore(best)
-        return scores if validate is None else held_out()
-
-    def fit_decoder(self, epochs: int) -> None:
-        """Train the generative model alone, on the codes as they are."""
-
-        def on_frozen_codes(x: Tensor, step: int) -> dict[str, Tensor]:
-            with torch.no_grad():
-                z = self.replicas.codes(x)
-            return {"reconstruction": -self.replicas.log_prob(x, z).mean(-1)}
-
-        self.phase("warm-up", epochs, self.replicas.group("model."), on_frozen_codes, decay=False)
-
-    @torch.no_grad()
-    def elbo_at_start(self) -> Tensor:
-        """-ELBO of the training rows as things stand, [R]."""
-        x, latent_dim = self.batches.rows, self.replicas.template.model.latent_dim
-        return torch.stack(list(elbo_terms(self.replicas, x, self.noise(len(x), 1, latent_dim, self.step)).values())).sum(0)
-
-    def start_whole(self, whiten: bool, warm_up: int, epochs: int) -> int:
-        """The start of methods that train both models at once; returns the epochs left."""
-        if self.options["warm_start"]:
-            return epochs
-        if whiten:
-            whiten_codes(self.replicas, "inference.", self.batches.rows)
-        warm_up = min(warm_up, epochs // 6)
-        if warm_up:
-            self.fit_decoder(warm_up)
-            start_std(self.replicas, self.elbo_at_start)
-        return epochs - warm_up
-
-    def validation_noise(self, latent_dim: int) -> Callable[[], Tensor]:
-        """The same draws at every look, so that looks differ by the parameters alone."""
-        return self.noise(len(self.validation), VALIDATION_SAMPLES, latent_dim, 2**32 - 1)
-
-    def keep(self, index: Tensor) -> None:
-        """Go on with the replicas of ``index`` alone; they keep their random numbers."""
-        self.replicas.select(index)
-        self.ids = self.ids[index]
-
-    def noise(self, rows: int, samples: int, latent_dim: int, repetition: int) -> Callable[[], Tensor]:
-        """Draws standard normal [R, rows, samples, L] for one step; independent between steps and replicas."""
-
-        def draw() -> Tensor:
-            draws = philox_normal(
-                self.seed, rows, samples * latent_dim, replicas=self.ids, repetition=repetition, stream=Stream.TRAINING,
-                dtype=self.replicas.dtype,
-            )  # fmt: skip
-            return draws.unflatten(-1, (samples, latent_dim))
-
-        return draw
+    return Phase("warm-up", epochs, ("model.",), on_frozen_codes, decay=False)
 
 
-def elbo_terms(
-    replicas: Replicas, x: Tensor, noise: Callable[[], Tensor], beta: float | Tensor = 1.0
-) -> dict[str, Tensor]:  # fmt: skip
-    """The terms of -ELBO, each [R]; x [B, D], noise() [R, B, S, L]. The KL term is in closed form, the reconstruction too
-    where the model is linear-Gaussian: at noise variances of 1e-6 draws alone keep a VAE from converging."""
-    q = replicas.posterior(x)
-    reconstruction = -replicas.expected_log_prob(x, q, noise).mean(-1)
-    return {"reconstruction": reconstruction, "kl": beta * q.kl_from_prior().mean(-1)}
+@torch.no_grad()
+def elbo_at_start(run: Run) -> Tensor:
+    """-ELBO of the training rows as things stand, [R]."""
+    rows = Rows.whole(run.batches.rows)
+    return total(elbo_terms(run.replicas, rows, run.noise(rows, 1, run.step)))
 
 
 class Method:
@@ -178,6 +80,7 @@ class Method:
         self, train: Any, validation: Any = None, *, epochs: int = 30_000, restarts: int = 1, seed: int = 0,
         batch_size: int | None = None, learning_rate: float = 0.01, tolerance: float | None = None, patience: int = 200,
         standardize: bool = False, columns: list[str] | None = None, early_stopping: bool = False, warm_start: bool = False,
+        checkpoint: str | PathLike[str] | None = None, checkpoint_seconds: float = 30.0, resume: bool = False,
         progress: bool = True,
     ) -> Method:  # fmt: skip
         """Train; the modules passed to the constructor end up with the best restart's parameters.
@@ -194,14 +97,22 @@ class Method:
             early_stopping: end each phase where its held-out objective was lowest. For flexible networks on few rows; on the
                 paper's small models the last step is better (50 noisy looks find a transient that suits the validation rows).
             warm_start: begin from the modules' present parameters (one restart only).
+            checkpoint: a file that is replaced every ``checkpoint_seconds`` at the end of an epoch and deleted once training
+                has ended. resume: go on from it where it exists; on the same machine and as many threads the result has the
+                bits of a run that was never cut off.
             progress: show a bar.
+
+        Under torch.distributed (torchrun) every process calls this with the same arguments and trains on its part of each
+        batch, with the draws, the codes' statistics and the result of one process; a DataLoader gives each process its own
+        part.
 
         Returns:
             self.
 
         Raises:
             InputError: data, sizes or settings that do not fit; TypeError: wrong types;
-            FloatingPointError: every restart became non-finite (epoch and term named).
+            FloatingPointError: every restart became non-finite (phase, epoch, restart and term named). A single restart that
+            does so is warned about and noted in ``history``, and the others go on.
         """
         for label, value in {"epochs": epochs, "restarts": restarts, "patience": patience}.items():
             if value < 1:
@@ -212,10 +123,6 @@ class Method:
             raise InputError(f"tolerance must not be negative, got {tolerance}")
         if warm_start and restarts != 1:
             raise InputError("warm_start trains the modules as they are: restarts must be 1")
-        if distributed.active():
-            raise NotImplementedError(
-                "fit runs in one process; under torch.distributed use LiBI.step1_terms and sum_gradients in a loop of your own"
-            )
         self._check_epochs(epochs)
         key = as_seed(seed)
         like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
@@ -235,22 +142,30 @@ class Method:
         self.model.likelihood.check(held_out)
         self._check_inference(batches.rows[:2])
         self._check_batches(batches)
-        replicas = Replicas([self.system] if warm_start else self._systems(restarts, int(key)))
         options = {
             "epochs": epochs, "restarts": restarts, "batch_size": batch_size, "learning_rate": learning_rate,
             "tolerance": tolerance, "patience": patience, "early_stopping": early_stopping, "warm_start": warm_start,
         }  # fmt: skip
+        identity = {
+            "method": json.dumps(self.config(), sort_keys=True, default=str), "seed": int(key), "torch": str(torch.__version__),
+            "the data": digest(batches.rows, held_out), **options,
+        }  # fmt: skip
+        keeper = Checkpoint(checkpoint, checkpoint_seconds, identity, writes=distributed.first())
+        keeper.check(resume)
+        replicas = Replicas([self.system] if warm_start else self._systems(restarts, int(key)))
+        ids = as_replicas(replicas.count, key.device)
         # Dropout and the like draw from torch's generator, which the seed governs within training.
         with tqdm(total=epochs, desc=self.label, unit="epoch", disable=not progress) as bar, torch_seed(int(key)):
-            run = Run(replicas, batches, held_out, key, options, bar)
-            best, scores = self._train(run, epochs)
-        if not bool(torch.isfinite(scores).any()):
+            run = Run(replicas, batches, held_out, key, ids, options, keeper, bar)
+            run.go(self._stages(run, epochs), resume)
+        if not bool(torch.isfinite(run.scores).any()):
             raise FloatingPointError(f"{self.label}: no restart ended with a finite validation objective")
-        winner = int(torch.where(torch.isfinite(scores), scores, math.inf).argmin())
-        replicas.load_into(self.system, best, winner)
-        run.history.append({"phase": "selection", "objective": scores.tolist(), "restart": winner})
+        winner = int(torch.where(torch.isfinite(run.scores), run.scores, math.inf).argmin())
+        replicas.load_into(self.system, run.best, winner)
+        run.note(phase="selection", objective=run.scores, restart=winner)
         self.history, self.standardizer, self.columns = run.history, standardizer, columns
         self.training = {**options, "seed": seed, "standardize": standardize}
+        keeper.delete()
         return self
 
     @property
@@ -261,9 +176,22 @@ class Method:
         """The systems training begins with."""
         return [make_system(*self._sources, (seed + 1_000_003 * r) % 2**63, fresh=True) for r in range(restarts)]
 
-    def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
-        """The method's phases: the best parameters of every replica and their validation objectives [R] (lower is better)."""
+    def _stages(self, run: Run, epochs: int) -> list[Stage]:
+        """The method's program, which leaves the best parameters of every replica and their held-out objectives (lower is
+        better) in ``run.best`` and ``run.scores``. It depends on settings and arguments alone."""
         raise NotImplementedError
+
+    def _start(self, run: Run, epochs: int) -> tuple[list[Stage], int]:
+        """The start of methods that train both models at once, by their settings ``whiten`` and ``warm_up``; epochs left."""
+        if run.options["warm_start"]:
+            return [], epochs
+        warm_up = min(self.settings["warm_up"], epochs // 6)
+        stages: list[Stage] = []
+        if self.settings["whiten"]:
+            stages += [lambda run: whiten_codes(run.replicas, "inference.", run.batches.rows)]
+        if warm_up:
+            stages += [fit_decoder(run, warm_up), lambda run: start_std(run.replicas, lambda: elbo_at_start(run))]
+        return stages, epochs - warm_up
 
     def _check_epochs(self, epochs: int) -> None:
         """Raise InputError for too few epochs."""
@@ -293,9 +221,9 @@ class Method:
 
     # --- use ---
 
-    def _rows(self, x: Any) -> Tensor:
+    def _rows(self, x: Any, start: int = 0) -> Tensor:
         like = torch.empty(0, dtype=torch.float64, device=self.model.device)
-        rows = as_rows(x, like, "x")
+        rows = as_rows(x, like, f"x, from row {start} on," if start else "x")
         if self.standardizer is not None:
             expected = len(self.standardizer.mean)
             if rows.shape[1] != expected:
@@ -304,18 +232,39 @@ class Method:
 
     @torch.no_grad()
     def log_likelihood(
-        self, x: Any, num_samples: int = 5000, variance_inflation: float = 2.0, seed: int | None = 0, **options: Any
-    ) -> LogLikelihood:
+        self, x: Any, num_samples: int = 5000, variance_inflation: float = 2.0, seed: int | None = 0, first_row: int = 0,
+        **options: Any,
+    ) -> LogLikelihood:  # fmt: skip
         """Importance-sampled log p(x) of every row as the paper reports it (Eq 48), in the data's own units.
+
+        Rows are taken in blocks, so a memory-mapped array may be larger than memory. Under torch.distributed every process
+        passes the same rows, does its part of them and returns the whole, with the draws of one process.
 
         Args, Returns, Raises: as :func:`libi_fast.log_likelihood` with q(z|x) as the proposal.
         """
-        rows = self._rows(x)
-        with evaluation_mode(self.system):
-            q = self._posterior(rows)
-            result = log_likelihood(self.model, rows, q, num_samples, variance_inflation, seed=seed, **options)
         shift = 0.0 if self.standardizer is None else self.standardizer.log_abs_det
-        return result._replace(log_likelihood=result.log_likelihood - shift)
+        key = as_seed(seed, self.model.device)
+        results = []
+        for start, rows in self._blocks(x):
+            with evaluation_mode(self.system):
+                q = self._posterior(rows)
+                own = {**options, "seed": key, "first_row": first_row + start}
+                result = log_likelihood(self.model, rows, q, num_samples, variance_inflation, **own)
+            results.append(torch.stack([v for v in result if v is not None], 1))
+        empty = torch.empty(0, 4 if options.get("pareto") is not False else 3, dtype=self.model.dtype, device=self.model.device)
+        columns = distributed.gather_rows(torch.cat([*results, empty])).unbind(1)
+        shape = columns[3] if len(columns) > 3 else None
+        return LogLikelihood(columns[0] - shift, columns[1], columns[2], shape)
+
+    def _blocks(self, x: Any) -> Iterator[tuple[int, Tensor]]:
+        """This process's rows as (index of the first, rows as the model sees them)."""
+        part = distributed.shard(len(x) if hasattr(x, "__len__") else 0)
+        if part.stop - part.start <= BLOCK_ROWS and not distributed.active():
+            yield 0, self._rows(x)
+            return
+        for start in range(part.start, part.stop, BLOCK_ROWS):
+            yield start, self._rows(x[start : min(start + BLOCK_ROWS, part.stop)], start)
+            forget_pages(x)
 
     def _posterior(self, rows: Tensor) -> MeanField:
         try:

@@ -124,25 +124,28 @@ class Replicas:
             return tuple(torch.stack(part) for part in zip(*results, strict=True))
         return torch.stack(results)
 
+    # Data x: [N, D] for all replicas, or [R, N, D] of their own.
+
     def codes(self, x: Tensor) -> Tensor:
-        """x [N, D] -> [R, N, L]."""
-        return self("codes", x, shared=(True,))
+        """-> [R, N, L]."""
+        return self("codes", x, shared=(x.dim() == 2,))
 
     def posterior(self, x: Tensor) -> MeanField:
-        """x [N, D] -> mean and log_std [R, N, L]."""
-        return MeanField(*self("posterior", x, shared=(True,)))
+        """-> mean and log_std [R, N, L]."""
+        return MeanField(*self("posterior", x, shared=(x.dim() == 2,)))
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
-        """x [N, D] (or [N, 1, D]), z [R, N, L] (or [R, N, S, L]) -> [R, N] (or [R, N, S])."""
-        return self("log_prob", x, z, shared=(True, False))
+        """z [R, N, L] -> [R, N], or z [R, N, S, L] -> [R, N, S]."""
+        shared = x.dim() == 2
+        return self("log_prob", x if z.dim() == 3 else x[..., None, :], z, shared=(shared, False))
 
     def expected_log_prob(self, x: Tensor, q: MeanField, noise: Callable[[], Tensor]) -> Tensor:
-        """E_q log p(x|z) for x [N, D] and q [R, N, L] -> [R, N]: in closed form where the decoder is linear and the noise
-        Gaussian, else the mean over the draws z = mean + std * noise() of noise [R, N, S, L]."""
+        """E_q log p(x|z) for q [R, N, L] -> [R, N]: in closed form where the decoder is linear and the noise Gaussian, else
+        the mean over the draws z = mean + std * noise() of noise [R, N, S, L]."""
         if self._linear:
-            return self("expected_log_prob", x, *q, shared=(True, False, False))
+            return self("expected_log_prob", x, *q, shared=(x.dim() == 2, False, False))
         z = q.mean[:, :, None] + q.log_std.exp()[:, :, None] * noise()
-        return self.log_prob(x[:, None], z).mean(-1)
+        return self.log_prob(x, z).mean(-1)
 
     def group(self, *prefixes: str) -> list[Tensor]:
         """The trainable tensors whose names start with one of the prefixes."""
@@ -166,19 +169,20 @@ class Replicas:
 
     def select(self, index: Tensor) -> None:
         """Keep the replicas of ``index`` [R'], in that order."""
-        self.count = len(index)
-        self.parameters = {k: v.detach()[index].clone().requires_grad_(v.requires_grad) for k, v in self.parameters.items()}
+        self.load({k: v[index] for k, v in self.parameters.items()})
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Take these parameters [R', ...], of any number of replicas; what is not among them is dropped."""
+        if not any(k.startswith("encoder.") for k in values):
+            self.template.encoder = None
+        self.count = len(next(iter(values.values())))
+        self.parameters = {k: v.detach().clone().requires_grad_(self.parameters[k].requires_grad) for k, v in values.items()}
 
     def drop_encoder(self) -> None:
         """From now on h is the mean of q."""
-        self.template.encoder = None
-        self.parameters = {k: v for k, v in self.parameters.items() if not k.startswith("encoder.")}
+        self.load({k: v for k, v in self.parameters.items() if not k.startswith("encoder.")})
 
 
 def chosen(better: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
     """For each replica the new values where ``better`` [R], else the old."""
     return {k: torch.where(better.view(-1, *(1,) * (v.dim() - 1)), v, old[k]) for k, v in new.items()}
-
-
-Loss = Callable[[Tensor, int], dict[str, Tensor]]
-"""(batch [B, D], step) -> named terms of the objective, each [R]"""

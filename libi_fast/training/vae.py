@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 from libi_fast.errors import InputError
 from libi_fast.ops import importance as op
-from libi_fast.ops.random import Stream
-from libi_fast.training.method import VALIDATION_SAMPLES, Method, Run, elbo_terms
+from libi_fast.training.distributed import Rows
+from libi_fast.training.method import Method
+from libi_fast.training.objectives import elbo_terms, importance_terms
+from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Phase, Run, Stage, Terms
 
 
 class VAE(Method):
@@ -39,28 +40,21 @@ class VAE(Method):
             raise InputError(f"num_samples must be at least 1, got {num_samples}")
         super().__init__(model, inference, beta=beta, anneal=anneal, num_samples=num_samples, whiten=whiten, warm_up=warm_up)
 
-    def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
-        s, replicas = self.settings, run.replicas
-        latent_dim = self.model.latent_dim
-        parameters = replicas.group("model.", "inference.")
+    def _stages(self, run: Run, epochs: int) -> list[Stage]:
+        s = self.settings
+        both = ("model.", "inference.")
 
-        def loss_with(beta: Any) -> Any:
-            def loss(x: Tensor, step: int) -> dict[str, Tensor]:
-                return elbo_terms(replicas, x, run.noise(len(x), s["num_samples"], latent_dim, step), beta())
+        def loss_with(beta: Callable[[], Any]) -> Callable[[Rows, int], Terms]:
+            return lambda rows, step: elbo_terms(run.replicas, rows, run.noise(rows, s["num_samples"], step), beta())
 
-            return loss
-
-        epochs = run.start_whole(s["whiten"], s["warm_up"], epochs)
+        stages, epochs = self._start(run, epochs)
         if s["anneal"]:
             # Its own phase without decay, so that beta has risen before the rate falls.
             rising = epochs // 2
-            run.phase("annealing", rising, parameters, loss_with(lambda: s["beta"] * run.fraction), decay=False)
+            stages += [Phase("annealing", rising, both, loss_with(lambda: s["beta"] * run.fraction), decay=False)]
             epochs -= rising
-        scores = run.phase(
-            "elbo", epochs, parameters, loss_with(lambda: s["beta"]),
-            lambda: elbo_terms(replicas, run.validation, run.validation_noise(latent_dim), s["beta"]),
-        )  # fmt: skip
-        return replicas.snapshot(), scores
+        held_out = lambda: elbo_terms(run.replicas, run.validation, run.validation_noise(), s["beta"])  # noqa: E731
+        return [*stages, Phase("elbo", epochs, both, loss_with(lambda: s["beta"]), held_out), Run.judge, Run.consider]
 
 
 class IWAE(Method):
@@ -84,31 +78,14 @@ class IWAE(Method):
             raise InputError(f"gradient must be one of {', '.join(map(repr, op.GRADIENTS))}, got {gradient!r}")
         super().__init__(model, inference, num_samples=num_samples, gradient=gradient, whiten=whiten, warm_up=warm_up)
 
-    def _bound(self, run: Run, x: Tensor, samples: int, repetition: int) -> Tensor:
-        """-log-likelihood bound, [R]."""
-        replicas = run.replicas
-        q = replicas.posterior(x)
-        names = [k for k in replicas.parameters if k.startswith("model.")]
+    def _stages(self, run: Run, epochs: int) -> list[Stage]:
+        def bound(rows: Rows, samples: int, repetition: int) -> Terms:
+            return importance_terms(run, rows, samples, self.settings["gradient"], repetition)
 
-        def log_prob(leaves: Any, rows: Tensor, z: Tensor) -> Tensor:
-            parameters = {**replicas.parameters, **dict(zip(names, leaves, strict=True))}
-            return replicas.with_parameters(parameters, "log_prob", (rows[0, :, None], z), (None, 0))
-
-        settings = op.Settings(samples, self.settings["gradient"], repetition=repetition, stream=Stream.TRAINING)
-        widest = max(max(replicas.parameters[k].shape[1:], default=1) for k in names)
-        estimate = op.importance_streamed(
-            x[None], q.mean, q.log_std, log_prob, [replicas.parameters[k] for k in names], run.seed, run.ids, settings,
-            max(widest, x.shape[-1]),
+        stages, epochs = self._start(run, epochs)
+        phase = Phase(
+            "bound", epochs, ("model.", "inference."),
+            lambda rows, step: bound(rows, self.settings["num_samples"], step),
+            lambda: bound(run.validation, VALIDATION_SAMPLES, VALIDATION_DRAWS),
         )  # fmt: skip
-        return -estimate.log_likelihood.mean(-1)
-
-    def _train(self, run: Run, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
-        def loss(x: Tensor, step: int) -> dict[str, Tensor]:
-            return {"bound": self._bound(run, x, self.settings["num_samples"], step)}
-
-        epochs = run.start_whole(self.settings["whiten"], self.settings["warm_up"], epochs)
-        scores = run.phase(
-            "bound", epochs, run.replicas.group("model.", "inference."), loss,
-            lambda: {"bound": self._bound(run, run.validation, VALIDATION_SAMPLES, 2**32 - 1)},
-        )  # fmt: skip
-        return run.replicas.snapshot(), scores
+        return [*stages, phase, Run.judge, Run.consider]
