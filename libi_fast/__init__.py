@@ -20,10 +20,11 @@ from libi_fast.ops.henze_zirkler import HenzeZirkler, henze_zirkler
 from libi_fast.ops.log_mean_exp import log_mean_exp
 from libi_fast.ops.random import Stream, philox_normal, philox_uniform
 from libi_fast.runs import load
-from libi_fast.training import IWAE, VAE, LiBI, Method
+from libi_fast.training import IWAE, METHODS, VAE, LaggingVAE, LiBI, Method
 
 __all__ = [
     "IWAE",
+    "METHODS",
     "VAE",
     "Bernoulli",
     "Cube",
@@ -32,6 +33,7 @@ __all__ = [
     "HenzeZirkler",
     "InputError",
     "JTExMap",
+    "LaggingVAE",
     "LatentVariableModel",
     "LiBI",
     "Likelihood",

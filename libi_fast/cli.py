@@ -11,12 +11,20 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from libi_fast.errors import InputError
 
-METHODS = ("libi", "vae", "iwae")
-OWN_OPTIONS = {"libi": ("hz_weight", "repeats"), "vae": ("beta",), "iwae": ("train_samples",)}
+# Options that not every method has. The names are libi_fast.METHODS', written out because importing torch takes a second.
+OWN_OPTIONS = {
+    "libi": ("hz_weight", "repeats"),
+    "vae": ("beta",),
+    "beta-vae": ("beta",),
+    "annealing": ("beta",),
+    "lagging": ("beta", "segments"),
+    "iwae": ("train_samples",),
+}
 PARETO_LIMIT = 0.7  # above it the weights' tail is too heavy to trust the estimate (Vehtari et al., arXiv 1507.02646)
 FIT_OPTIONS = ("epochs", "restarts", "batch_size", "learning_rate", "tolerance")
 
@@ -50,22 +58,28 @@ def _fit(options: argparse.Namespace) -> None:
 
     console.require_tables()
     runs.check_target(options.out, force=options.force)
+    checkpoint = _checkpoint(options)
     bernoulli = options.likelihood == "bernoulli"
     _check_options_fit_together(options)
     bounds = (0.0, 1.0) if bernoulli else None
     # float64: columns are centred before they are rounded to the model's dtype.
     dataset = data.load(options.data, options.data_seed, dtype=torch.float64, key=options.key, bounds=bounds)
     method = _new_method(options, data_dim=len(dataset.columns))
-    method.fit(
-        dataset.train,
-        dataset.validation,
-        seed=options.seed,
-        standardize=not (bernoulli or options.no_standardize),
-        columns=dataset.columns,
-        progress=not options.quiet,
-        early_stopping=not options.no_early_stopping,
-        **{name: getattr(options, name) for name in FIT_OPTIONS},
-    )
+    try:
+        method.fit(
+            dataset.train,
+            dataset.validation,
+            seed=options.seed,
+            checkpoint=checkpoint,
+            resume=options.resume,
+            standardize=not (bernoulli or options.no_standardize),
+            columns=dataset.columns,
+            progress=not options.quiet,
+            early_stopping=not options.no_early_stopping,
+            **{name: getattr(options, name) for name in FIT_OPTIONS},
+        )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(*[f"go on with --resume ({checkpoint})"] if checkpoint.exists() else []) from stop
     notes: dict[str, Any] = {
         "name": dataset.name,
         "rows": {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")},
@@ -140,12 +154,22 @@ def _demo(options: argparse.Namespace) -> None:
 # --- their parts ---
 
 
+def _checkpoint(options: argparse.Namespace) -> Path:
+    """Beside the run folder, which appears once training has ended."""
+    file = Path(f"{Path(options.out)}.checkpoint")
+    if file.exists() and not options.resume:
+        if not options.force:
+            raise InputError(f"{file} holds a fit that was interrupted: go on with --resume, or begin anew with --force")
+        file.unlink()
+    return file
+
+
 def _check_options_fit_together(options: argparse.Namespace) -> None:
     """An option that would do nothing is a mistake to be told, not to be ignored."""
-    for method, names in OWN_OPTIONS.items():
-        for name in names:
-            if method != options.method and getattr(options, name) is not None:
-                raise InputError(f"--{name.replace('_', '-')} belongs to --method {method}, not to {options.method}")
+    for name in sorted({name for names in OWN_OPTIONS.values() for name in names}):
+        if name not in OWN_OPTIONS[options.method] and getattr(options, name) is not None:
+            owners = " or ".join(method for method, names in OWN_OPTIONS.items() if name in names)
+            raise InputError(f"--{name.replace('_', '-')} belongs to --method {owners}, not to {options.method}")
     if options.likelihood == "bernoulli" and options.noise_variance is not None:
         raise InputError("--noise-variance belongs to --likelihood gaussian, not to bernoulli")
 
@@ -171,7 +195,7 @@ def _new_method(options: argparse.Namespace, data_dim: int) -> Any:
     settings = {name: value for name in OWN_OPTIONS[options.method] if (value := getattr(options, name)) is not None}
     if "train_samples" in settings:
         settings["num_samples"] = settings.pop("train_samples")
-    return {"libi": lf.LiBI, "vae": lf.VAE, "iwae": lf.IWAE}[options.method](model, inference=q, **settings)
+    return lf.METHODS[options.method](model, inference=q, **settings)
 
 
 def _load_run(folder: str) -> tuple[Any, list[str]]:
@@ -301,8 +325,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("data", metavar="DATA", help=source)
     fit.add_argument("--out", required=True, metavar="RUN", help="the run folder to write")
     fit.add_argument("--force", action="store_true", help="replace a run folder that is there")
+    fit.add_argument("--resume", action="store_true", help="go on where an interrupted fit stopped (RUN.checkpoint), if it did")
     fit.add_argument("--quiet", action="store_true", help="no progress bar, no table")
-    fit.add_argument("--method", choices=METHODS, default="libi")
+    fit.add_argument("--method", choices=list(OWN_OPTIONS), default="libi")
     model = fit.add_argument_group("the model")
     model.add_argument("--likelihood", choices=("gaussian", "bernoulli"), default="gaussian")
     model.add_argument(
@@ -337,7 +362,8 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--seed", type=_whole(0), default=0, help="of the weights and the training (default 0)")
     training.add_argument("--hz-weight", type=float, help="libi: weight of the Henze-Zirkler penalty")
     training.add_argument("--repeats", type=_whole(1), help="libi: repetitions of steps 1 to 3")
-    training.add_argument("--beta", type=float, help="vae: weight of the KL term")
+    training.add_argument("--beta", type=float, help="beta-vae (default 4), vae, annealing, lagging (1): weight of the KL term")
+    training.add_argument("--segments", type=_whole(1), help="lagging: segments in which phi alone learns first")
     training.add_argument("--train-samples", type=_whole(1), help="iwae: samples of the bound")
     _add_rows(fit)
     _add_estimate(fit)

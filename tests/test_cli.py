@@ -14,8 +14,9 @@ import torch
 
 import libi_fast as lf
 from libi_fast import data, runs
-from libi_fast.cli import main
+from libi_fast.cli import OWN_OPTIONS, main
 from libi_fast.errors import InputError
+from libi_fast.training.run import Run
 
 FAST = ["--epochs", "18", "--hidden", "4", "--num-samples", "50", "--quiet"]
 
@@ -57,10 +58,15 @@ def refused(capsys, arguments, *expected):
 # --- what works ---
 
 
-@pytest.mark.parametrize("method", ["libi", "vae", "iwae"])
+def test_the_command_line_knows_every_method():
+    assert list(OWN_OPTIONS) == list(lf.METHODS)
+
+
+@pytest.mark.parametrize("method", list(lf.METHODS))
 def test_fit_evaluate_sample_encode(tmp_path, capsys, table, method):
     folder = str(tmp_path / "run")
-    assert main(["fit", table, "--method", method, "--out", folder, *FAST[:-1]]) == 0
+    own = ["--segments", "3"] if method == "lagging" else []
+    assert main(["fit", table, "--method", method, "--out", folder, *own, *FAST[:-1]]) == 0
     out = capsys.readouterr().out
     for text in (
         "log-likelihood per row, nats",
@@ -275,6 +281,31 @@ def test_an_interruption_says_that_nothing_was_written(tmp_path, capsys, table, 
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_fit_goes_on_with_resume(tmp_path, capsys, table, monkeypatch):
+    folder, whole, checkpoint = tmp_path / "run", tmp_path / "whole", tmp_path / "run.checkpoint"
+    arguments = ["fit", table, *FAST, "--method", "vae"]
+    original = Run.save_if_due
+
+    def interrupted(run, progress):
+        if progress.epoch == 9:
+            run.checkpoint.write(run._state(progress.state()))
+            raise KeyboardInterrupt
+        original(run, progress)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save_if_due", interrupted)
+        assert main([*arguments, "--out", str(folder)]) == 130
+    assert f"go on with --resume ({checkpoint})" in capsys.readouterr().err
+    assert checkpoint.exists() and not folder.exists()
+    assert main([*arguments, "--out", str(folder)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(folder), "--resume"]) == 0
+    assert main([*arguments, "--out", str(whole), "--resume"]) == 0, "nothing to go on from: it begins"
+    one, two = runs.load(folder).state(), runs.load(whole).state()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not checkpoint.exists()
+
+
 def test_an_interrupted_evaluation_keeps_the_training(tmp_path, capsys, table, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -476,7 +507,10 @@ def test_a_disk_that_refuses_loses_nothing(tmp_path, capsys, run, monkeypatch):
         (["fit", "wine", "--out", "r", "--epochs", "0"], "at least 1"),
         (["fit", "wine", "--out", "r", "--latent-dim", "two"], "invalid whole number"),
         (["fit", "wine", "--out", "r", "--hidden", "5,x"], "invalid list of widths"),
-        (["fit", "wine", "--out", "r", "--beta", "2"], "--beta belongs to --method vae"),
+        (
+            ["fit", "wine", "--out", "r", "--beta", "2"],
+            "--beta belongs to --method vae or beta-vae or annealing or lagging, not to libi",
+        ),
         (["fit", "wine", "--out", "r", "--method", "vae", "--hz-weight", "2"], "--hz-weight belongs to --method libi"),
         (["fit", "wine", "--out", "r", "--likelihood", "bernoulli", "--noise-variance", "1"], "--likelihood gaussian"),
         (["fit", "wine", "--out", "r", "--learning-rate", "-1"], "learning_rate"),

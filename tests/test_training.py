@@ -19,6 +19,7 @@ from libi_fast.training.constraints import moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
 from libi_fast.training.objectives import elbo_terms, importance_terms
 from libi_fast.training.replicas import Replicas, make_system
+from libi_fast.training.run import Phase
 from libi_fast.training.schedule import Schedule
 from libi_fast.training.start import whiten_codes
 
@@ -294,6 +295,46 @@ def test_annealing_raises_beta_from_0_to_its_value_whatever_the_batches():
         assert kl[0] == 0
         assert kl[-1] / plain == pytest.approx(2.0, rel=0.02)
         assert kl[len(kl) // 2] / plain == pytest.approx(1.0, rel=0.05)
+
+
+def test_lagging_lets_the_inference_network_catch_up_in_every_segment():
+    x = torch.randn(60, 3)
+    method = lf.LaggingVAE(*small_system(torch.float32), segments=4)
+    moved = []
+    original = method._stages
+
+    def spy(run, epochs):
+        stages = []
+        for phase in original(run, epochs):
+            if isinstance(phase, Phase):
+                before: dict = {}
+
+                def note(run, before=before, phase=phase):
+                    after = run.replicas.snapshot()
+                    parts = {k.split(".")[0] for k in after if not torch.equal(before[k], after[k])}
+                    moved.append((phase.name, parts, phase.rate))
+
+                stages += [lambda run, before=before: before.update(run.replicas.snapshot()), phase, note]
+            else:
+                stages.append(phase)
+        return stages
+
+    method._stages = spy
+    method.fit(x, epochs=80, progress=False)
+    assert [(name, parts) for name, parts, _ in moved] == 4 * [
+        ("inference network", {"inference"}),
+        ("elbo", {"inference", "model"}),
+    ]
+    rates = [rate for *_, rate in moved]
+    assert rates[:4] == [1.0] * 4 and rates[4] == 1.0 and rates[6] == pytest.approx(0.5)
+    with pytest.raises(lf.InputError, match="at least 8 epochs"):
+        method.fit(x, epochs=7, progress=False)
+
+
+@pytest.mark.parametrize("bad", [{"segments": 0}, {"inference_share": 1.0}, {"beta": 0.0}, {"num_samples": 0}])
+def test_bad_settings_of_lagging_are_named(bad):
+    with pytest.raises(lf.InputError, match=next(iter(bad))):
+        lf.LaggingVAE(*small_system(), **bad)
 
 
 def test_buffers_follow_their_restart_and_running_statistics_come_back():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,19 @@ from libi_fast.models.model import LatentVariableModel, MeanFieldGaussian
 from libi_fast.models.networks import build
 from libi_fast.training.libi import LiBI
 from libi_fast.training.method import Method
-from libi_fast.training.vae import IWAE, VAE
+from libi_fast.training.vae import IWAE, VAE, LaggingVAE
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (LiBI, VAE, IWAE)}
+CLASSES: dict[str, type[Method]] = {m.name: m for m in (LiBI, VAE, LaggingVAE, IWAE)}
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "libi": LiBI,
+    "vae": VAE,
+    "beta-vae": partial(VAE, beta=4.0),
+    "annealing": partial(VAE, anneal=True),
+    "lagging": LaggingVAE,
+    "iwae": IWAE,
+}
+"""Every system of the paper, and IWAE, by its name on the command line: ``METHODS[name](model, inference, **settings)``."""
 
 
 def from_config(
@@ -30,8 +42,8 @@ def from_config(
     """
     from libi_fast.data import Standardizer
 
-    if config["method"] not in METHODS:
-        raise InputError(f"unknown method {config['method']!r}; known: {', '.join(METHODS)}")
+    if config["method"] not in CLASSES:
+        raise InputError(f"unknown method {config['method']!r}; known: {', '.join(CLASSES)}")
     dtype = getattr(torch, config["dtype"])
 
     def module(described: Any, given: torch.nn.Module | None, what: str) -> torch.nn.Module:
@@ -45,7 +57,7 @@ def from_config(
     likelihood = likelihood_from_config(m["likelihood"], dtype)
     model = LatentVariableModel(module(m["decoder"], decoder, "decoder"), likelihood, m["latent_dim"])
     inference = MeanFieldGaussian(module(config["inference"], network, "network"))
-    method = METHODS[config["method"]](model, inference, **config["settings"])
+    method = CLASSES[config["method"]](model, inference, **config["settings"])
     saved = config.get("standardizer")
     method.standardizer = None if saved is None else Standardizer.from_config(saved)
     method.columns = config.get("columns")

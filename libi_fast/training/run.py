@@ -30,16 +30,21 @@ Terms = dict[str, Tensor]
 """Named terms of an objective, each [R]."""
 
 
+Loss = Callable[[Rows, int], Terms]
+"""(rows, step) -> this process's share of the terms"""
+
+
 class Phase(NamedTuple):
     """Minimise the sum of ``loss(rows, step)`` over the parameters whose names begin with one of ``train``, all others held,
-    for at most ``epochs`` epochs; ``validate`` gives the terms on held-out rows."""
+    for at most ``epochs`` epochs; ``validate`` gives the terms on held-out rows; ``rate`` multiplies the learning rate."""
 
     name: str
     epochs: int
     train: tuple[str, ...]
-    loss: Callable[[Rows, int], Terms]
+    loss: Loss
     validate: Callable[[], Terms] | None = None
     decay: bool = True
+    rate: float = 1.0
 
 
 Stage = Phase | Callable[["Run"], None]
@@ -102,7 +107,7 @@ class Run:
         parameters = replicas.group("")
         try:
             if phase.epochs >= 1 and parameters:
-                schedule = Schedule(phase.epochs, o["learning_rate"], o["tolerance"], o["patience"], phase.decay)
+                schedule = Schedule(phase.epochs, phase.rate * o["learning_rate"], o["tolerance"], o["patience"], phase.decay)
                 progress = _Progress(self, phase, schedule, parameters)
                 if self._inside is not None:
                     progress.load(self._inside)

@@ -1,4 +1,4 @@
-"""The rivals that maximise a bound: VAE (beta, annealing) and IWAE."""
+"""The rivals that maximise a bound: VAE (beta, annealing), VAE with a lagging inference network, and IWAE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,25 @@ from libi_fast.ops import importance as op
 from libi_fast.training.distributed import Rows
 from libi_fast.training.method import Method
 from libi_fast.training.objectives import elbo_terms, importance_terms
-from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Phase, Run, Stage, Terms
+from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Loss, Phase, Run, Stage, Terms
+from libi_fast.training.schedule import Schedule
+
+
+def _check_elbo(beta: float, num_samples: int) -> None:
+    if not (math.isfinite(beta) and beta > 0):
+        raise InputError(f"beta must be positive and finite, got {beta}")
+    if num_samples < 1:
+        raise InputError(f"num_samples must be at least 1, got {num_samples}")
+
+
+def _elbo(run: Run, settings: dict[str, Any], rise: Callable[[], float] = lambda: 1.0) -> tuple[Loss, Callable[[], Terms]]:
+    """The loss -ELBO, its beta times ``rise()``, and the same on held-out rows."""
+
+    def loss(rows: Rows, step: int) -> Terms:
+        noise = run.noise(rows, settings["num_samples"], step)
+        return elbo_terms(run.replicas, rows, noise, settings["beta"] * rise())
+
+    return loss, lambda: elbo_terms(run.replicas, run.validation, run.validation_noise(), settings["beta"])
 
 
 class VAE(Method):
@@ -34,27 +52,72 @@ class VAE(Method):
         self, model: Any, inference: Any, beta: float = 1.0, anneal: bool = False, num_samples: int = 1,
         whiten: bool = False, warm_up: int = 0,
     ):  # fmt: skip
-        if not (math.isfinite(beta) and beta > 0):
-            raise InputError(f"beta must be positive and finite, got {beta}")
-        if num_samples < 1:
-            raise InputError(f"num_samples must be at least 1, got {num_samples}")
+        _check_elbo(beta, num_samples)
         super().__init__(model, inference, beta=beta, anneal=anneal, num_samples=num_samples, whiten=whiten, warm_up=warm_up)
 
     def _stages(self, run: Run, epochs: int) -> list[Stage]:
-        s = self.settings
         both = ("model.", "inference.")
-
-        def loss_with(beta: Callable[[], Any]) -> Callable[[Rows, int], Terms]:
-            return lambda rows, step: elbo_terms(run.replicas, rows, run.noise(rows, s["num_samples"], step), beta())
-
         stages, epochs = self._start(run, epochs)
-        if s["anneal"]:
+        if self.settings["anneal"]:
             # Its own phase without decay, so that beta has risen before the rate falls.
-            rising = epochs // 2
-            stages += [Phase("annealing", rising, both, loss_with(lambda: s["beta"] * run.fraction), decay=False)]
-            epochs -= rising
-        held_out = lambda: elbo_terms(run.replicas, run.validation, run.validation_noise(), s["beta"])  # noqa: E731
-        return [*stages, Phase("elbo", epochs, both, loss_with(lambda: s["beta"]), held_out), Run.judge, Run.consider]
+            rising, _ = _elbo(run, self.settings, lambda: run.fraction)
+            stages += [Phase("annealing", epochs // 2, both, rising, decay=False)]
+            epochs -= epochs // 2
+        loss, held_out = _elbo(run, self.settings)
+        return [*stages, Phase("elbo", epochs, both, loss, held_out), Run.judge, Run.consider]
+
+
+class LaggingVAE(Method):
+    """VAE whose inference network catches up before theta moves (He et al. 2019), as the paper's rival: training is cut into
+    segments, in each of which first phi alone learns, then theta and phi.
+
+    Args:
+        model, inference: see :class:`Method`.
+        segments: how many (the paper: 5 to 90, by data set). inference_share: of a segment's epochs, phi alone.
+        beta, num_samples, whiten, warm_up: as for :class:`VAE`.
+
+    Raises:
+        InputError: segments below 1, a share outside (0, 1); and as VAE.
+    """
+
+    name = "lagging"
+
+    def __init__(
+        self, model: Any, inference: Any, segments: int = 30, inference_share: float = 0.5, beta: float = 1.0,
+        num_samples: int = 1, whiten: bool = False, warm_up: int = 0,
+    ):  # fmt: skip
+        if segments < 1:
+            raise InputError(f"segments must be at least 1, got {segments}")
+        if not 0 < inference_share < 1:
+            raise InputError(f"inference_share must lie between 0 and 1, got {inference_share}")
+        _check_elbo(beta, num_samples)
+        super().__init__(
+            model, inference, segments=segments, inference_share=inference_share, beta=beta, num_samples=num_samples,
+            whiten=whiten, warm_up=warm_up,
+        )  # fmt: skip
+
+    def _check_epochs(self, epochs: int) -> None:
+        segments = self.settings["segments"]
+        if epochs < 2 * segments:
+            raise InputError(f"{segments} segments of two parts need at least {2 * segments} epochs, got {epochs}")
+
+    def _stages(self, run: Run, epochs: int) -> list[Stage]:
+        s = self.settings
+        stages, epochs = self._start(run, epochs)
+        loss, held_out = _elbo(run, s)
+        for segment in range(s["segments"]):
+            begin, end = (epochs * k // s["segments"] for k in (segment, segment + 1))
+            alone = max(1, round(s["inference_share"] * (end - begin)))
+            # The schedule of one long phase, whose rate falls over its second half, in steps of a segment.
+            rate = Schedule(epochs, 1.0, None, 1).rate_at(max(begin, epochs // 10))
+            last = segment + 1 == s["segments"]
+            stages += [
+                Phase("inference network", alone, ("inference.",), loss, decay=False, rate=rate),
+                Phase(
+                    "elbo", end - begin - alone, ("model.", "inference."), loss, held_out, segment + 1 == s["segments"], rate
+                ),
+            ]
+        return [*stages, Run.judge, Run.consider]
 
 
 class IWAE(Method):
