@@ -113,9 +113,7 @@ class LaggingVAE(Method):
             last = segment + 1 == s["segments"]
             stages += [
                 Phase("inference network", alone, ("inference.",), loss, decay=False, rate=rate),
-                Phase(
-                    "elbo", end - begin - alone, ("model.", "inference."), loss, held_out, segment + 1 == s["segments"], rate
-                ),
+                Phase("elbo", end - begin - alone, ("model.", "inference."), loss, held_out, last, rate),
             ]
         return [*stages, Run.judge, Run.consider]
 
