@@ -15,6 +15,7 @@ from libi_fast.models.linear_gaussian import (
 )
 from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian
 from libi_fast.models.networks import Cube, JTExMap, mlp
+from libi_fast.models.quadrature import quadrature_log_likelihood
 from libi_fast.ops._library import use_backend
 from libi_fast.ops.henze_zirkler import HenzeZirkler, henze_zirkler
 from libi_fast.ops.log_mean_exp import log_mean_exp
@@ -55,5 +56,6 @@ __all__ = [
     "pareto_k",
     "philox_normal",
     "philox_uniform",
+    "quadrature_log_likelihood",
     "use_backend",
 ]

@@ -319,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="libi-fast", description="Latent variable models by likelihood before inference (LiBI).")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    source = "a .csv, .npy, .npz or .parquet file, or a named set: LinearJTEx, Gaussian, digits, wine"
+    source = "a .csv, .npy, .npz or .parquet file, or a named set: LinearJTEx, CubicJTEx, Gaussian, Mobius, digits, wine"
 
     fit = commands.add_parser("fit", help="fit a model to data and write a run folder")
     fit.add_argument("data", metavar="DATA", help=source)

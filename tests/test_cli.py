@@ -255,7 +255,10 @@ def test_version_and_help_from_a_shell():
 
 def test_errors_from_a_shell(tmp_path, table):
     for arguments, message in [
-        (["fit", "nope", "--out", "r"], "unknown data set 'nope'; known: LinearJTEx, Gaussian, digits, wine"),
+        (
+            ["fit", "nope", "--out", "r"],
+            "unknown data set 'nope'; known: LinearJTEx, CubicJTEx, Gaussian, Mobius, digits, wine",
+        ),
         (["fit", "nope.csv", "--out", "r"], "file not found: nope.csv"),
         (["sample", "r", "-n", "3", "-o", "s.csv"], "run folder not found: r"),
     ]:
@@ -443,7 +446,13 @@ def test_bernoulli_data_outside_the_unit_interval(tmp_path, capsys):
 
 
 def test_unknown_names_list_the_known_ones(tmp_path, capsys):
-    refused(capsys, ["fit", "mnist", "--out", tmp_path / "r"], "'mnist'", "LinearJTEx, Gaussian, digits, wine", ".parquet")
+    refused(
+        capsys,
+        ["fit", "mnist", "--out", tmp_path / "r"],
+        "'mnist'",
+        "LinearJTEx, CubicJTEx, Gaussian, Mobius, digits, wine",
+        ".parquet",
+    )
     refused(capsys, ["fit", "wine", "--out", tmp_path / "r", "--activation", "swoosh"], "'swoosh'", "tanh")
     refused(capsys, ["fit", "wine", "--out", tmp_path / "r", "--method", "gan"], "'gan'")
 

@@ -139,7 +139,9 @@ def test_load_knows_names_and_files(tmp_path):
     assert sorted(torch.cat([d.train, d.validation, d.test])[:, 0].tolist()) == list(range(10))
 
 
-@pytest.mark.parametrize(("source", "message"), [("nope", "LinearJTEx, Gaussian, digits, wine"), ("no/f.csv", "not found")])
+@pytest.mark.parametrize(
+    ("source", "message"), [("nope", "LinearJTEx, CubicJTEx, Gaussian, Mobius, digits, wine"), ("no/f.csv", "not found")]
+)
 def test_load_refuses_unknown_names_and_missing_files(source, message):
     with pytest.raises(InputError, match=message):
         data.load(source)

@@ -16,7 +16,7 @@ from libi_fast.errors import InputError
 from libi_fast.ops.random import Stream, philox_uniform
 
 if TYPE_CHECKING:
-    from libi_fast.data.synthetic import GaussianTruth
+    from libi_fast.data.synthetic import Truth
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Dataset:
     train: Tensor
     validation: Tensor
     test: Tensor
-    truth: GaussianTruth | None = None
+    truth: Truth | None = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ class Split:
 
 def _registry() -> dict[str, Callable[[int, torch.dtype], Dataset]]:
     # Imported late: those modules build on Dataset.
-    from libi_fast.data import real, synthetic
+    from libi_fast.data import nonlinear, real, synthetic
 
     return {
         "LinearJTEx": lambda seed, dtype: synthetic.LinearJTEx(seed, dtype=dtype),
+        "CubicJTEx": lambda seed, dtype: nonlinear.CubicJTEx(seed, dtype=dtype),
         "Gaussian": lambda seed, dtype: synthetic.GaussianExample(seed, dtype=dtype),
+        "Mobius": lambda seed, dtype: nonlinear.Mobius(seed, dtype=dtype),
         "digits": real.digits,
         "wine": real.wine,
     }

@@ -21,6 +21,17 @@ class Cube(nn.Module):
         return a * a * a
 
 
+class SigmoidCubeRoot(nn.Module):
+    """The first half of the units through a sigmoid, the others through a cube root (the paper's CubicJTEx inference network).
+
+    The root is a / (a^2 + 1e-6)^(1/3): a's cube root beyond 0.01, of finite slope at 0.
+    """
+
+    def forward(self, a: Tensor) -> Tensor:
+        bounded, root = a.chunk(2, -1)
+        return torch.cat((bounded.sigmoid(), root / (root.square() + 1e-6).pow(1 / 3)), -1)
+
+
 class JTExMap(nn.Module):
     """z -> chol(A A' + B) z, the paper's LinearJTEx decoder; A [D, L] is learned, B diagonal and known.
 
@@ -156,6 +167,8 @@ def describe(module: nn.Module) -> Description | None:
         return {"layer": "linear", "in": module.in_features, "out": module.out_features, "bias": module.bias is not None}
     if type(module) is JTExMap:
         return {"layer": "jtex", "b": module.b.double().tolist()}
+    if type(module) is SigmoidCubeRoot:
+        return {"layer": "sigmoid_cube_root"}
     name = _activation_name(module)
     return None if name is None else {"layer": name}
 
@@ -173,6 +186,8 @@ def build(description: Description) -> nn.Module:
         return nn.Linear(description["in"], description["out"], bias=description["bias"])
     if kind == "jtex":
         return JTExMap(description["b"])
+    if kind == "sigmoid_cube_root":
+        return SigmoidCubeRoot()
     if kind in ACTIVATIONS:
         return ACTIVATIONS[kind]()
     raise InputError(f"unknown layer {kind!r}")
