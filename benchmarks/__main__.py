@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import accuracy, henze_zirkler, log_mean_exp, report
+from benchmarks import accuracy, exact_likelihood, henze_zirkler, log_mean_exp, report
 
 WHAT = {
     "log_mean_exp": log_mean_exp.run,
     "henze_zirkler": henze_zirkler.run,
     "linear_jtex": lambda: accuracy.linear("LinearJTEx"),
     "gaussian": lambda: accuracy.linear("Gaussian"),
+    "exact_likelihood": exact_likelihood.run,
     "digits": accuracy.digits,
 }
 

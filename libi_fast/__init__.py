@@ -10,8 +10,10 @@ from libi_fast.models.likelihoods import Bernoulli, DiagonalGaussian, Gaussian, 
 from libi_fast.models.linear_gaussian import (
     closest_mean_field,
     exact_log_likelihood,
+    exact_mutual_information,
     exact_posterior,
     linear_gaussian_marginal,
+    mean_field_gap,
 )
 from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian
 from libi_fast.models.networks import Cube, JTExMap, mlp
@@ -46,12 +48,14 @@ __all__ = [
     "closest_mean_field",
     "data",
     "exact_log_likelihood",
+    "exact_mutual_information",
     "exact_posterior",
     "henze_zirkler",
     "linear_gaussian_marginal",
     "load",
     "log_likelihood",
     "log_mean_exp",
+    "mean_field_gap",
     "mlp",
     "pareto_k",
     "philox_normal",

@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 
+import libi_fast as lf
 from libi_fast import data
 from libi_fast.errors import InputError
 
@@ -401,3 +403,80 @@ def test_standardizer_refuses_damaged_configs(config):
         data.Standardizer.from_config(config)
     with pytest.raises(InputError, match="2 columns, as in training"):
         data.Standardizer(torch.zeros(2), torch.ones(2)).transform(torch.zeros(4, 3))
+
+
+# --- the paper's ground truths ---
+
+
+def test_linear_jtex_has_the_papers_objective_at_the_truth_and_at_the_vaes_optimum():
+    """L = KL[p || p_theta] + min_q KL[q || p_theta(z|x)], population values: 0.532 at the truth, 0.196 at the VAE's optimum."""
+    d = data.LinearJTEx(dtype=torch.float64)
+    model, truth = d.model(), d.truth
+
+    def objective(a):
+        with torch.no_grad():
+            model.decoder.a.copy_(torch.as_tensor(a).view(2, 2))
+        kl = truth.entropy_bound() - truth.expected_log_likelihood(*lf.linear_gaussian_marginal(model))
+        return kl + float(lf.mean_field_gap(model)), kl
+
+    a = np.array([0.75, 0.25, 1.5, -1.0])
+    at_truth, kl = objective(a)
+    assert kl == pytest.approx(0, abs=1e-10)
+    assert at_truth == pytest.approx(0.532, abs=5e-4)
+    starts = (a + 0.1 * np.random.default_rng(0).standard_normal((4, 4))).tolist()
+    found = min((minimize(lambda v: objective(v)[0], s, method="BFGS") for s in starts), key=lambda r: r.fun)
+    assert found.fun == pytest.approx(0.196, abs=5e-4)
+    assert truth.entropy_bound() - objective(found.x)[1] == pytest.approx(-3.133, abs=5e-4)
+
+
+def test_the_gap_and_the_information_of_a_linear_model_are_their_integrals():
+    d = data.LinearJTEx(dtype=torch.float64)
+    model = d.model()
+    with torch.no_grad():
+        model.decoder.a.copy_(torch.tensor([[0.75, 0.25], [1.5, -1.0]]))
+    mean, covariance = (t.numpy() for t in lf.exact_posterior(model, d.test[:1]))
+    q = lf.closest_mean_field(model, d.test[:1])
+    law = multivariate_normal(mean[0], covariance)
+    z = q.mean + q.log_std.exp() * torch.randn(200_000, 2, dtype=torch.float64)
+    log_q = torch.distributions.Normal(q.mean, q.log_std.exp()).log_prob(z).sum(-1)
+    assert float((log_q - torch.from_numpy(law.logpdf(z.numpy()))).mean()) == pytest.approx(0.532, abs=0.01)
+    x, codes = d.test, d.test_codes
+    draws = model.log_prob(x, codes).detach() - lf.exact_log_likelihood(model, x)
+    expected = float(lf.exact_mutual_information(model))
+    assert abs(float(draws.mean()) - expected) < 4 * float(draws.std()) / len(draws) ** 0.5
+    b = torch.tensor([0.006, 0.006])
+    closed = 0.5 * (torch.logdet(d.truth.covariance) - (0.01 - b).double().log().sum())  # the paper's appendix C
+    assert expected == pytest.approx(float(closed), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["LinearJTEx", "CubicJTEx", "Gaussian", "Mobius"])
+def test_a_synthetic_sets_rows_are_its_truth_of_its_codes(name):
+    d = data.load(name, seed=3)
+    z = (d.test - d.truth.decode(d.test_codes.double()).float()) / d.noise_variance.sqrt()
+    assert 0.9 < float(z.std()) < 1.1 and abs(float(z.mean())) < 0.15
+    again, other = type(d)(seed=3, test=7), data.load(name, seed=4)
+    assert torch.equal(again.test, d.test[:7]) and not torch.equal(other.test, d.test)
+    assert not torch.equal(d.train, d.validation)
+    model, q = d.model(), d.inference()
+    assert model.decode(d.test_codes).shape == d.test.shape
+    assert q(d.test).mean.shape == d.test_codes.shape
+    assert torch.equal(model.likelihood.variance, d.noise_variance)
+    assert [p.shape for p in model.decoder.parameters()] == [p.shape for p in d.model().decoder.parameters()]
+
+
+def test_the_mobius_network_is_the_mobius_map():
+    truth = data.Mobius().truth
+    z = torch.randn(20_000, 2, dtype=torch.float64)
+    c = torch.complex(z[:, 0], z[:, 1])
+    exact = torch.view_as_real((c + (1 + 4j)) / (c + (7 + 4j)))
+    assert float((truth.decode(z) - exact).square().mean().sqrt()) < 0.5 * 1e-5**0.5
+
+
+def test_methods_of_every_synthetic_set_are_saved_and_loaded(tmp_path):
+    for name in ("CubicJTEx", "Mobius"):
+        d = getattr(data, name)(train=40, validation=20, test=20)
+        fitted = lf.VAE(d.model(), d.inference()).fit(d.train, d.validation, epochs=2, progress=False)
+        fitted.save(tmp_path / name)
+        again = lf.load(tmp_path / name)
+        assert torch.equal(again.codes(d.test), fitted.codes(d.test))
+        assert torch.equal(again.sample(5, seed=0), fitted.sample(5, seed=0))

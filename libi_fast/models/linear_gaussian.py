@@ -85,3 +85,21 @@ def closest_mean_field(model: LatentVariableModel, x: Tensor) -> MeanField:
     mean, covariance = exact_posterior(model, x)
     log_std = -0.5 * torch.linalg.inv(covariance).diagonal().log()
     return MeanField(mean, log_std.expand_as(mean))
+
+
+@torch.no_grad()
+def mean_field_gap(model: LatentVariableModel) -> Tensor:
+    """min over mean-field Gaussians q of KL[q || p(z | x)] in nats, [] float64; the same for every x (paper, Figure 1 A).
+
+    Raises as affine_map."""
+    _, covariance = exact_posterior(model, torch.zeros(1, affine_map(model)[0].shape[0], dtype=torch.float64))
+    precision = torch.linalg.inv(covariance)
+    return 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
+
+
+@torch.no_grad()
+def exact_mutual_information(model: LatentVariableModel) -> Tensor:
+    """I(X;Z) in nats, [] float64, of a linear decoder with Gaussian noise (paper, Eq 15). Raises as affine_map."""
+    weight, _, variance = affine_map(model)
+    identity = torch.eye(model.latent_dim, dtype=torch.float64, device=weight.device)
+    return 0.5 * torch.logdet(identity + (weight / variance[:, None]).mT @ weight)
