@@ -23,7 +23,7 @@ from libi_fast.ops.henze_zirkler import HenzeZirkler, henze_zirkler
 from libi_fast.ops.log_mean_exp import log_mean_exp
 from libi_fast.ops.random import Stream, philox_normal, philox_uniform
 from libi_fast.runs import load
-from libi_fast.training import IWAE, METHODS, VAE, LaggingVAE, LiBI, Method
+from libi_fast.training import IWAE, METHODS, VAE, LaggingVAE, LiBI, Method, fit_grid
 
 __all__ = [
     "IWAE",
@@ -50,6 +50,7 @@ __all__ = [
     "exact_log_likelihood",
     "exact_mutual_information",
     "exact_posterior",
+    "fit_grid",
     "henze_zirkler",
     "linear_gaussian_marginal",
     "load",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from libi_fast.errors import InputError
-from libi_fast.models.likelihoods import Bernoulli, DiagonalGaussian, Gaussian
+from libi_fast.models.likelihoods import LIKELIHOODS, DiagonalGaussian
 from libi_fast.models.model import LatentVariableModel, MeanField
 from libi_fast.models.networks import recognise
 from libi_fast.ops import _library as lib
@@ -176,8 +176,7 @@ def log_likelihood(
         raise InputError("a row index past 2^32 or num_samples * latent_dim past 2^34 does not fit the random numbers' counter")
     key = random.as_seed(seed, x.device)
     log_scale = log_std + 0.5 * math.log(variance_inflation)
-    # A subclass may have its own log_prob, so only the likelihoods that the kernels know are fused.
-    known = type(model.likelihood) in (Gaussian, DiagonalGaussian, Bernoulli)
+    known = type(model.likelihood) in LIKELIHOODS
     recognised = recognise(model.decoder, model.likelihood.name) if known else None
     replicas = random.as_replicas(None, x.device)
     if recognised is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.multiprocessing
 from torch import Tensor
 
 
@@ -46,3 +48,15 @@ def check_same_bits_for_instruction_set(isa: str, module: str, digest: Callable[
     if used != isa:
         pytest.skip(f"this machine has no {isa}")
     assert found == digest()
+
+
+def in_two_processes(function, *arguments, rows=None, world=None):
+    """What ``function(rank, *arguments, port, [rows or world,] result)`` puts into result."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        shared = manager.list()
+        extra = tuple(e for e in (rows, world) if e is not None)
+        torch.multiprocessing.spawn(function, (*arguments, port, *extra, shared), nprocs=2)
+        return list(shared)

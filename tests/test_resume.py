@@ -125,7 +125,7 @@ def cut_off(file, make=CASES["libi"][0], **arguments):
     """A checkpoint of a run that did not end."""
 
     def stop(run, progress):
-        run.checkpoint.write(run._state(progress.state()))
+        run.checkpoint.write(run.state(progress.state()))
         raise Cut
 
     original, Run.save_if_due = Run.save_if_due, stop

@@ -2,13 +2,12 @@
 
 import json
 import math
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
+from common import in_two_processes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -491,18 +490,6 @@ def test_schedule_decays_over_the_second_half_or_once_converged():
 
 
 # --- several processes ---
-
-
-def in_two_processes(function, *arguments, rows=None, world=None):
-    """What ``function(rank, *arguments, port, [rows or world,] result)`` puts into result."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with torch.multiprocessing.Manager() as manager:
-        shared = manager.list()
-        extra = tuple(e for e in (rows, world) if e is not None)
-        torch.multiprocessing.spawn(function, (*arguments, port, *extra, shared), nprocs=2)
-        return list(shared)
 
 
 def _gradient(rank, world, port, rows, result):

@@ -141,6 +141,9 @@ class Bernoulli(Likelihood):
             )
 
 
+LIKELIHOODS = (Gaussian, DiagonalGaussian, Bernoulli)  # a subclass of one may have a density of its own
+
+
 def likelihood_from_config(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Likelihood:
     """The inverse of ``config()``; a learned variance is filled when the weights are loaded."""
     if config["name"] == "bernoulli":

@@ -12,9 +12,12 @@ from libi_fast.errors import InputError
 from libi_fast.models.likelihoods import likelihood_from_config
 from libi_fast.models.model import LatentVariableModel, MeanFieldGaussian
 from libi_fast.models.networks import build
+from libi_fast.training.grid import fit_grid
 from libi_fast.training.libi import LiBI
 from libi_fast.training.method import Method
 from libi_fast.training.vae import IWAE, VAE, LaggingVAE
+
+__all__ = ["CLASSES", "IWAE", "METHODS", "VAE", "LaggingVAE", "LiBI", "Method", "fit_grid", "from_config"]
 
 CLASSES: dict[str, type[Method]] = {m.name: m for m in (LiBI, VAE, LaggingVAE, IWAE)}
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from libi_fast.errors import InputError
 from libi_fast.ops._library import check_finite
+from libi_fast.training import distributed
 from libi_fast.training.distributed import Rows
 
 
@@ -25,6 +26,7 @@ class Batches:
         self.like = like
         self.transform: Callable[[Tensor], Tensor] = lambda rows: rows
         self.loader: DataLoader | None = None
+        self.source: np.memmap | None = None
         if isinstance(data, DataLoader):
             if batch_size is not None:
                 raise InputError("batch_size belongs to the DataLoader that was passed; leave it out")
@@ -35,13 +37,17 @@ class Batches:
             self.loader = DataLoader(data, size, shuffle=True, generator=generator)
         if self.loader is not None:
             self.rows = self._look()
+        elif isinstance(data, np.memmap) and batch_size is not None:
+            as_rows(data[:1].copy(), like, "train")  # its type and shape
+            self.source = data
+            self.rows = self._read(np.linspace(0, len(data) - 1, min(len(data), self.LOOK), dtype=np.int64))
         else:
             self.rows = as_rows(data, like, "train")
         if self.rows.shape[0] < 2:
             raise InputError(f"train must hold at least 2 rows, got {self.rows.shape[0]}")
         self.batch_size = batch_size
-        if batch_size is not None and not 1 <= batch_size <= len(self.rows):
-            raise InputError(f"batch_size must lie in 1 .. {len(self.rows)} (the rows of train), got {batch_size}")
+        if batch_size is not None and not 1 <= batch_size <= self.count:
+            raise InputError(f"batch_size must lie in 1 .. {self.count} (the rows of train), got {batch_size}")
         self.generator = torch.Generator().manual_seed(seed)
         self.least = 1
 
@@ -49,6 +55,34 @@ class Batches:
         """From now on rows come transformed; once only, before the first epoch."""
         self.transform = transform
         self.rows = transform(self.rows)
+
+    @property
+    def count(self) -> int:
+        """Rows of an epoch (of a loader: those looked at)."""
+        return self.rows.shape[-2] if self.source is None else len(self.source)
+
+    @classmethod
+    def stacked(cls, sets: list[Batches]) -> Batches:
+        """One of K data sets of equal shape: rows [K, N, D], in the same order in all of them."""
+        first = sets[0]
+        if len(sets) > 1:
+            if any(b.loader is not None or b.source is not None for b in sets):
+                raise InputError("several data sets train as one batch from tensors or arrays in memory alone")
+            shapes = [tuple(b.rows.shape) for b in sets]
+            if len(set(shapes)) > 1:
+                raise InputError(f"data sets that train as one batch must have equal shapes, got {shapes}")
+            first.rows = torch.stack([b.rows for b in sets])
+        return first
+
+    def _read(self, index: np.ndarray) -> Tensor:
+        """These rows of a memory-mapped array."""
+        assert self.source is not None
+        rows = torch.from_numpy(self.source[index]).to(self.like.device, self.like.dtype).flatten(1)
+        forget_pages(self.source)
+        bad = ~torch.isfinite(rows).all(1)
+        if bool(bad.any()):
+            raise InputError(f"train holds NaN or infinity at row {index[int(bad.int().argmax())]} (counted from 0)")
+        return rows
 
     def _look(self) -> Tensor:
         seen, count = [], 0
@@ -69,12 +103,19 @@ class Batches:
                 if rows.total >= self.least:
                     yield rows
         elif self.batch_size is None:
-            yield Rows.part_of(self.rows)
+            part = distributed.shard(self.rows.shape[-2])
+            yield Rows(self.rows[..., part, :], part.start, self.rows.shape[-2], distributed.active())
         else:
-            order = torch.randperm(self.rows.shape[-2], generator=self.generator)
+            order = torch.randperm(self.count, generator=self.generator)
             for index in order.split(self.batch_size):
-                if len(index) >= self.least:
-                    yield Rows.part_of(self.rows[..., index, :])
+                if len(index) < self.least:
+                    continue
+                part = distributed.shard(len(index))
+                if self.source is None:
+                    own = self.rows[..., index[part], :]
+                else:
+                    own = self.transform(self._read(index[part].numpy()))
+                yield Rows(own, part.start, len(index), distributed.active())
 
     def state(self) -> list[Tensor]:
         """Of every generator that orders the rows."""
@@ -93,9 +134,9 @@ class Batches:
     def require(self, least: int, why: str) -> None:
         """Raise InputError where a batch would hold fewer than ``least`` rows."""
         loader_size = getattr(self.loader, "batch_size", None)
-        size = self.batch_size or loader_size or len(self.rows)
-        if min(size, len(self.rows)) < least:
-            raise InputError(f"{why} needs batches of at least {least} rows, got {min(size, len(self.rows))}")
+        size = self.batch_size or loader_size or self.count
+        if min(size, self.count) < least:
+            raise InputError(f"{why} needs batches of at least {least} rows, got {min(size, self.count)}")
         self.least = least
 
 

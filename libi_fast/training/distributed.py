@@ -51,12 +51,6 @@ class Rows(NamedTuple):
         return Rows(values, 0, values.shape[-2])
 
     @staticmethod
-    def part_of(values: Tensor) -> Rows:
-        """This process's part of a batch that all processes have."""
-        part = shard(values.shape[-2])
-        return Rows(values[..., part, :], part.start, values.shape[-2], active())
-
-    @staticmethod
     def own(values: Tensor) -> Rows:
         """A batch that each process has a part of."""
         if not active():
@@ -126,3 +120,23 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         dist.all_reduce(flat)
         for g, new in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(new.view_as(g))
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return total(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return total(grad)
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum over processes, differentiable; to be followed by `Rows.share`, with which its gradient fits.
+
+    Every process gets the sum and may use it in its own way: backward adds up what all of them ask for. So each process's
+    objective must be its share, as a whole objective on each of P processes would count P times; and every process must run
+    the same backward passes in the same order.
+    """
+    return _SumOverProcesses.apply(tensor) if active() else tensor

@@ -46,6 +46,7 @@ class LiBI(Method):
     """
 
     name = "libi"
+    weights = ("hz_weight", "covariance_tolerance", "mean_tolerance")
 
     def __init__(
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
@@ -95,39 +96,42 @@ class LiBI(Method):
 
     def step1_terms(self, replicas: Replicas, rows: Rows) -> Terms:
         """The terms of step 1's objective on rows of x, each [R]: this process's shares."""
-        s = self.settings
+        hz_weight, covariance_tolerance, mean_tolerance = (self.weight(name, replicas) for name in self.weights)
         z = replicas.codes(rows.values)
         every = rows.gather(z)
         off_mean, off_covariance = moment_errors(every)
         return {
             "reconstruction": -rows.mean(replicas.log_prob(rows.values, z)),
-            "henze_zirkler": rows.share(s["hz_weight"] * safe_exp(henze_zirkler_statistic(every))),
-            "covariance": rows.share(safe_exp(off_covariance / s["covariance_tolerance"])),
-            "mean": rows.share(safe_exp(off_mean / s["mean_tolerance"])),
+            "henze_zirkler": rows.share(hz_weight * safe_exp(henze_zirkler_statistic(every))),
+            "covariance": rows.share(safe_exp(off_covariance / covariance_tolerance)),
+            "mean": rows.share(safe_exp(off_mean / mean_tolerance)),
         }
 
     def _step1(self, run: Run, epochs: int, first: bool) -> list[Stage]:
         s = self.settings
         prefix = "encoder." if first and run.replicas.template.encoder is not None else "inference."
 
-        def phase(name: str, epochs: int, decay: bool = True) -> Phase:
+        def phase(name: str, epochs: int, decay: bool = True, halving: bool = False) -> Phase:
             return Phase(
                 name, epochs, ("model.", prefix), lambda rows, step: self.step1_terms(run.replicas, rows),
-                lambda: self.step1_terms(run.replicas, run.validation), decay,
+                lambda: self.step1_terms(run.replicas, run.validation), decay, halving=halving,
             )  # fmt: skip
 
-        if not first or run.options["warm_start"]:
+        if not first or run.options.warm_start:
             return [phase("step 1", epochs)]
         warm_up, stages = min(s["warm_up"], epochs // 6), list[Stage]()
         if s["whiten"]:
-            stages += [lambda run: whiten_codes(run.replicas, prefix, run.batches.rows)]
+            stages += [lambda run: whiten_codes(run.replicas, prefix, run.train.values)]
         if self._candidates_train:
             stages += [lambda run: mirror_codes(run.replicas, prefix, s["candidates"])]
         stages += [fit_decoder(run, warm_up)]
         if self._candidates_train:
-            stages += [phase("candidates", warm_up, False), lambda run: run.keep_best(run.restarts, 1)]
+            stages += [
+                phase("candidates", warm_up, False),
+                lambda run: run.keep(run.best_of(run.objective, s["candidates"], 1)),
+            ]
             epochs -= warm_up
-        return [*stages, phase("step 1", epochs - warm_up)]
+        return [*stages, phase("step 1", epochs - warm_up, halving=True)]
 
     # --- step 2 ---
 
@@ -135,7 +139,7 @@ class LiBI(Method):
         stages: list[Stage] = []
         if first and run.replicas.template.encoder is not None:
             stages += [lambda run: copy_encoder(run.replicas, self.model.latent_dim)]
-        if first and not run.options["warm_start"]:
+        if first and not run.options.warm_start:
             stages += [lambda run: start_std(run.replicas, lambda: elbo_at_start(run), self.settings["initial_std"])]
         phase = Phase(
             "step 2", epochs, ("inference.",),

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from libi_fast.data import Standardizer
 from libi_fast.errors import InputError
 from libi_fast.estimators import LogLikelihood, log_likelihood
 from libi_fast.models.model import LatentVariableModel, MeanField, evaluation_mode
 from libi_fast.models.networks import describe
-from libi_fast.ops.random import as_replicas, as_seed
+from libi_fast.ops.random import as_seed
 from libi_fast.training import distributed
 from libi_fast.training.batches import Batches, as_rows, forget_pages
-from libi_fast.training.checkpoint import Checkpoint, digest
 from libi_fast.training.distributed import Rows
 from libi_fast.training.objectives import elbo_terms
-from libi_fast.training.replicas import Replicas, System, make_system, torch_seed
+from libi_fast.training.options import FitOptions
+from libi_fast.training.replicas import Replicas, System, make_system
 from libi_fast.training.run import Phase, Run, Stage, Terms, total
 from libi_fast.training.start import start_std, whiten_codes
 
@@ -44,8 +41,12 @@ def fit_decoder(run: Run, epochs: int) -> Phase:
 @torch.no_grad()
 def elbo_at_start(run: Run) -> Tensor:
     """-ELBO of the training rows as things stand, [R]."""
-    rows = Rows.whole(run.batches.rows)
-    return total(elbo_terms(run.replicas, rows, run.noise(rows, 1, run.step)))
+
+    def terms() -> Terms:
+        rows = run.train
+        return elbo_terms(run.replicas, rows, run.noise(rows, 1, run.step))
+
+    return total(run.in_blocks(terms))
 
 
 class Method:
@@ -57,6 +58,7 @@ class Method:
     """
 
     name = ""
+    weights: tuple[str, ...] = ()  # settings that are numbers in the objective: they may differ between replicas of one batch
 
     def __init__(self, model: Any, inference: Any, encoder: Any = None, **settings: Any):
         if inference is None:
@@ -77,18 +79,22 @@ class Method:
     # --- training ---
 
     def fit(
-        self, train: Any, validation: Any = None, *, epochs: int = 30_000, restarts: int = 1, seed: int = 0,
-        batch_size: int | None = None, learning_rate: float = 0.01, tolerance: float | None = None, patience: int = 200,
-        standardize: bool = False, columns: list[str] | None = None, early_stopping: bool = False, warm_start: bool = False,
+        self, train: Any, validation: Any = None, *, epochs: int = 30_000, restarts: int = 1, survivors: int | None = None,
+        seed: int = 0, batch_size: int | None = None, learning_rate: float = 0.01, tolerance: float | None = None,
+        patience: int = 200, standardize: bool = False, columns: list[str] | None = None, early_stopping: bool = False,
+        warm_start: bool = False, autocast: str | None = None, memory: int = 2**30,
         checkpoint: str | PathLike[str] | None = None, checkpoint_seconds: float = 30.0, resume: bool = False,
-        progress: bool = True,
+        log_dir: str | PathLike[str] | None = None, progress: bool = True,
     ) -> Method:  # fmt: skip
         """Train; the modules passed to the constructor end up with the best restart's parameters.
 
         Args:
             train: [N, D] tensor or array, a Dataset, or a DataLoader (its batches are rows, or tuples whose first item is).
+                With ``batch_size``, a memory-mapped array may be larger than memory: rows are read as they are needed.
             validation: [M, D]; selects among restarts (and LiBI's repeats). None selects on (a look at) train.
             epochs: passes over train, in all; restarts: trained side by side, each from parameters of its own.
+            survivors: restarts that train to the end; the others are dropped half by half within the first quarter of the
+                first main phase, those with the worst held-out objectives first (successive halving). None keeps all.
             seed: 0 .. 2^64 - 1; governs initial parameters, noise and the order of minibatches.
             batch_size: rows a minibatch; None is full batch.
             learning_rate: Adam's; constant, then cosine decay over the second half.
@@ -97,9 +103,14 @@ class Method:
             early_stopping: end each phase where its held-out objective was lowest. For flexible networks on few rows; on the
                 paper's small models the last step is better (50 noisy looks find a transient that suits the validation rows).
             warm_start: begin from the modules' present parameters (one restart only).
+            autocast: 'bfloat16' or 'float16' is the type of the networks' matrix products and what follows them; log-weights,
+                statistics, parameters and Adam stay in float32.
+            memory: bytes that activations and gradients may take; restarts that need more are worked on in blocks, with the
+                same result.
             checkpoint: a file that is replaced every ``checkpoint_seconds`` at the end of an epoch and deleted once training
                 has ended. resume: go on from it where it exists; on the same machine and as many threads the result has the
                 bits of a run that was never cut off.
+            log_dir: a folder for TensorBoard's event files (needs the package tensorboard).
             progress: show a bar.
 
         Under torch.distributed (torchrun) every process calls this with the same arguments and trains on its part of each
@@ -114,63 +125,24 @@ class Method:
             FloatingPointError: every restart became non-finite (phase, epoch, restart and term named). A single restart that
             does so is warned about and noted in ``history``, and the others go on.
         """
-        for label, value in {"epochs": epochs, "restarts": restarts, "patience": patience}.items():
-            if value < 1:
-                raise InputError(f"{label} must be at least 1, got {value}")
-        if not (math.isfinite(learning_rate) and learning_rate > 0):
-            raise InputError(f"learning_rate must be positive and finite, got {learning_rate}")
-        if tolerance is not None and not tolerance >= 0:
-            raise InputError(f"tolerance must not be negative, got {tolerance}")
-        if warm_start and restarts != 1:
-            raise InputError("warm_start trains the modules as they are: restarts must be 1")
-        self._check_epochs(epochs)
-        key = as_seed(seed)
-        like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
-        # Columns are standardised before they lose digits to the model's dtype.
-        as_given = like.double() if standardize else like
-        batches = Batches(train, batch_size, int(key) & (2**63 - 1), as_given)
-        standardizer = Standardizer.fit(batches.rows, columns) if standardize else None
+        from libi_fast.training.grid import train_batches
 
-        def inward(x: Tensor) -> Tensor:
-            return self._inward(x, standardizer)
-
-        batches.apply(inward)
-        held_out = batches.rows if validation is None else inward(as_rows(validation, as_given, "validation"))
-        if held_out.shape[1] != batches.rows.shape[1]:
-            raise InputError(f"validation has {held_out.shape[1]} columns but train has {batches.rows.shape[1]}")
-        self.model.check(batches.rows)
-        self.model.likelihood.check(held_out)
-        self._check_inference(batches.rows[:2])
-        self._check_batches(batches)
-        options = {
-            "epochs": epochs, "restarts": restarts, "batch_size": batch_size, "learning_rate": learning_rate,
-            "tolerance": tolerance, "patience": patience, "early_stopping": early_stopping, "warm_start": warm_start,
-        }  # fmt: skip
-        identity = {
-            "method": json.dumps(self.config(), sort_keys=True, default=str), "seed": int(key), "torch": str(torch.__version__),
-            "the data": digest(batches.rows, held_out), **options,
-        }  # fmt: skip
-        keeper = Checkpoint(checkpoint, checkpoint_seconds, identity, writes=distributed.first())
-        keeper.check(resume)
-        replicas = Replicas([self.system] if warm_start else self._systems(restarts, int(key)))
-        ids = as_replicas(replicas.count, key.device)
-        # Dropout and the like draw from torch's generator, which the seed governs within training.
-        with tqdm(total=epochs, desc=self.label, unit="epoch", disable=not progress) as bar, torch_seed(int(key)):
-            run = Run(replicas, batches, held_out, key, ids, options, keeper, bar)
-            run.go(self._stages(run, epochs), resume)
-        if not bool(torch.isfinite(run.scores).any()):
-            raise FloatingPointError(f"{self.label}: no restart ended with a finite validation objective")
-        winner = int(torch.where(torch.isfinite(run.scores), run.scores, math.inf).argmin())
-        replicas.load_into(self.system, run.best, winner)
-        run.note(phase="selection", objective=run.scores, restart=winner)
-        self.history, self.standardizer, self.columns = run.history, standardizer, columns
-        self.training = {**options, "seed": seed, "standardize": standardize}
-        keeper.delete()
+        options = FitOptions(
+            epochs=epochs, restarts=restarts, survivors=survivors, seed=seed, batch_size=batch_size,
+            learning_rate=learning_rate, tolerance=tolerance, patience=patience, standardize=standardize, columns=columns,
+            early_stopping=early_stopping, warm_start=warm_start, autocast=autocast, memory=memory, checkpoint=checkpoint,
+            checkpoint_seconds=checkpoint_seconds, resume=resume, log_dir=log_dir, progress=progress,
+        )  # fmt: skip
+        train_batches([[[self]]], [(train, validation)], options)
         return self
 
     @property
     def label(self) -> str:
         return type(self).__name__
+
+    def weight(self, name: str, replicas: Replicas) -> Any:
+        """One of ``weights``: of each replica [R] in a grid, else this method's own number."""
+        return replicas.own.get(name, self.settings[name])
 
     def _systems(self, restarts: int, seed: int) -> list[System]:
         """The systems training begins with."""
@@ -183,12 +155,12 @@ class Method:
 
     def _start(self, run: Run, epochs: int) -> tuple[list[Stage], int]:
         """The start of methods that train both models at once, by their settings ``whiten`` and ``warm_up``; epochs left."""
-        if run.options["warm_start"]:
+        if run.options.warm_start:
             return [], epochs
         warm_up = min(self.settings["warm_up"], epochs // 6)
         stages: list[Stage] = []
         if self.settings["whiten"]:
-            stages += [lambda run: whiten_codes(run.replicas, "inference.", run.batches.rows)]
+            stages += [lambda run: whiten_codes(run.replicas, "inference.", run.train.values)]
         if warm_up:
             stages += [fit_decoder(run, warm_up), lambda run: start_std(run.replicas, lambda: elbo_at_start(run))]
         return stages, epochs - warm_up

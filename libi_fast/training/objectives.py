@@ -38,7 +38,7 @@ def importance_terms(run: Run, rows: Rows, samples: int, gradient: str, repetiti
     widest = max(max(replicas.parameters[k].shape[1:], default=1) for k in names)
     x = rows.values if rows.values.dim() == 3 else rows.values[None]
     estimate = op.importance_streamed(
-        x, q.mean, q.log_std, log_prob, [replicas.parameters[k] for k in names], run.seed, run.ids, settings,
+        x, q.mean, q.log_std, log_prob, [replicas.parameters[k] for k in names], run.seed, replicas.own["ids"], settings,
         max(widest, x.shape[-1]),
     )  # fmt: skip
     return {"bound": -rows.mean(estimate.log_likelihood)}

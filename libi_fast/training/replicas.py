@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from libi_fast.errors import InputError
+from libi_fast.models.autocast import Autocast
 from libi_fast.models.linear_gaussian import is_linear_gaussian
 from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian
 from libi_fast.models.networks import fresh_copy
+from libi_fast.training.distributed import Rows
 
 
 class System(nn.Module):
@@ -23,19 +25,34 @@ class System(nn.Module):
     def __init__(self, model: LatentVariableModel, inference: MeanFieldGaussian, encoder: nn.Module | None = None):
         super().__init__()
         self.model, self.inference, self.encoder = model, inference, encoder
+        self.autocast: torch.dtype | None = None  # of the networks
+
+    def _networks(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it networks run in ``autocast``; what they give is to be converted back."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return Autocast(self.autocast)
 
     def forward(self, what: str, *args: Tensor) -> Any:
         return getattr(self, what)(*args)
 
     def codes(self, x: Tensor) -> Tensor:
         """z = h(x), [N, L]: the encoder, or the mean of q where it has none."""
-        return self.inference(x).mean if self.encoder is None else self.encoder(x)
+        with self._networks():
+            z = self.inference(x).mean if self.encoder is None else self.encoder(x)
+        return z.to(x.dtype)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(self.inference(x))  # type: ignore[return-value]
+        with self._networks():
+            mean, log_std = self.inference(x)
+        return mean.to(x.dtype), log_std.to(x.dtype)
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.model.log_prob(x, z)
+        if self.autocast is None:
+            return self.model.log_prob(x, z)
+        with self._networks():
+            output = self.model.decode(z)
+        return self.model.likelihood.log_prob(x, output.to(x.dtype))
 
     def expected_log_prob(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """E_q log p(x|z), [N], in closed form; for linear-Gaussian models alone."""
@@ -75,11 +92,18 @@ def make_system(model: Any, inference: Any, encoder: Any, seed: int, fresh: bool
 
 
 class Replicas:
-    """R systems of one architecture. ``parameters`` maps names to leaf tensors [R, ...]; buffers are among them, untrained."""
+    """R systems of one architecture.
+
+    Attributes:
+        parameters: leaf tensors [R, ...] by name; buffers are among them, untrained.
+        own: what else differs between replicas, [R] each: ``ids`` (of their random numbers), ``dataset`` (which of several),
+            and settings by name.
+    """
 
     def __init__(self, systems: list[System]):
         self.template = systems[0]
         self.count = len(systems)
+        self.own: dict[str, Tensor] = {"ids": torch.arange(self.count, device=systems[0].model.device)}
         self.parameters: dict[str, Tensor] = {}
         named = [{**dict(s.named_parameters()), **dict(s.named_buffers())} for s in systems]
         for name, value in named[0].items():
@@ -100,7 +124,7 @@ class Replicas:
         def one(own: dict[str, Tensor], *arguments: Tensor) -> Any:
             return functional_call(self.template, own, (what, *arguments))
 
-        if self.count == 1:  # one system is called as it is: no mapping to pay for, and any module works
+        if self.count == 1:  # called as it is: no mapping to pay for, and any module works
             own = {k: v[0] for k, v in parameters.items()}
             result = one(own, *(a if d is None else a[0] for a, d in zip(args, in_dims, strict=True)))
             return tuple(r[None] for r in result) if isinstance(result, tuple) else result[None]
@@ -123,6 +147,30 @@ class Replicas:
         if isinstance(results[0], tuple):
             return tuple(torch.stack(part) for part in zip(*results, strict=True))
         return torch.stack(results)
+
+    @contextlib.contextmanager
+    def block(self, start: int, size: int):
+        """Within the block only the replicas start .. start + size - 1 are there, and after the last of all as many copies of
+        it as are wanting: vector instructions then treat each replica's elements alike in every block. Gradients reach the
+        parameters of all."""
+        before = self.count, self.parameters, self.own
+        wanting = max(0, start + size - self.count)
+
+        def part(values: Tensor) -> Tensor:
+            narrowed = values[start : start + size]
+            return torch.cat([narrowed, values[-1:].detach().expand(wanting, *values.shape[1:])]) if wanting else narrowed
+
+        self.parameters = {k: part(v) for k, v in self.parameters.items()}
+        self.own = {k: part(v) for k, v in self.own.items()}
+        self.count = size
+        try:
+            yield
+        finally:
+            self.count, self.parameters, self.own = before
+
+    def rows(self, rows: Rows) -> Rows:
+        """Rows [n, D] of all replicas as they are, [K, n, D] of K data sets as [R, n, D] of each replica's."""
+        return rows if rows.values.dim() == 2 else rows._replace(values=rows.values[self.own["dataset"]])
 
     # Data x: [N, D] for all replicas, or [R, N, D] of their own.
 
@@ -169,6 +217,7 @@ class Replicas:
 
     def select(self, index: Tensor) -> None:
         """Keep the replicas of ``index`` [R'], in that order."""
+        self.own = {k: v[index] for k, v in self.own.items()}
         self.load({k: v[index] for k, v in self.parameters.items()})
 
     def load(self, values: dict[str, Tensor]) -> None:

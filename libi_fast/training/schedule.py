@@ -44,6 +44,11 @@ class Schedule:
             self.epochs = min(self.epochs, 2 * (epoch + 1)) if self.decay else epoch + 1
         self.before = now
 
+    def select(self, index: Tensor) -> None:
+        """Of the replicas these are left."""
+        self.window = [w[index] for w in self.window]
+        self.before = None if self.before is None else self.before[index]
+
     def state(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "decay_from": self.decay_from, "window": self.window, "before": self.before}
 

@@ -11,7 +11,7 @@ from libi_fast.ops import importance as op
 from libi_fast.training.distributed import Rows
 from libi_fast.training.method import Method
 from libi_fast.training.objectives import elbo_terms, importance_terms
-from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Loss, Phase, Run, Stage, Terms
+from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Loss, Phase, Run, Stage, Terms, rungs
 from libi_fast.training.schedule import Schedule
 
 
@@ -22,14 +22,17 @@ def _check_elbo(beta: float, num_samples: int) -> None:
         raise InputError(f"num_samples must be at least 1, got {num_samples}")
 
 
-def _elbo(run: Run, settings: dict[str, Any], rise: Callable[[], float] = lambda: 1.0) -> tuple[Loss, Callable[[], Terms]]:
+def _elbo(run: Run, method: Method, rise: Callable[[], float] = lambda: 1.0) -> tuple[Loss, Callable[[], Terms]]:
     """The loss -ELBO, its beta times ``rise()``, and the same on held-out rows."""
 
     def loss(rows: Rows, step: int) -> Terms:
-        noise = run.noise(rows, settings["num_samples"], step)
-        return elbo_terms(run.replicas, rows, noise, settings["beta"] * rise())
+        noise = run.noise(rows, method.settings["num_samples"], step)
+        return elbo_terms(run.replicas, rows, noise, method.weight("beta", run.replicas) * rise())
 
-    return loss, lambda: elbo_terms(run.replicas, run.validation, run.validation_noise(), settings["beta"])
+    def held_out() -> Terms:
+        return elbo_terms(run.replicas, run.validation, run.validation_noise(), method.weight("beta", run.replicas))
+
+    return loss, held_out
 
 
 class VAE(Method):
@@ -47,6 +50,7 @@ class VAE(Method):
     """
 
     name = "vae"
+    weights = ("beta",)
 
     def __init__(
         self, model: Any, inference: Any, beta: float = 1.0, anneal: bool = False, num_samples: int = 1,
@@ -60,11 +64,11 @@ class VAE(Method):
         stages, epochs = self._start(run, epochs)
         if self.settings["anneal"]:
             # Its own phase without decay, so that beta has risen before the rate falls.
-            rising, _ = _elbo(run, self.settings, lambda: run.fraction)
+            rising, _ = _elbo(run, self, lambda: run.fraction)
             stages += [Phase("annealing", epochs // 2, both, rising, decay=False)]
             epochs -= epochs // 2
-        loss, held_out = _elbo(run, self.settings)
-        return [*stages, Phase("elbo", epochs, both, loss, held_out), Run.judge, Run.consider]
+        loss, held_out = _elbo(run, self)
+        return [*stages, Phase("elbo", epochs, both, loss, held_out, halving=True), Run.judge, Run.consider]
 
 
 class LaggingVAE(Method):
@@ -81,6 +85,7 @@ class LaggingVAE(Method):
     """
 
     name = "lagging"
+    weights = ("beta",)
 
     def __init__(
         self, model: Any, inference: Any, segments: int = 30, inference_share: float = 0.5, beta: float = 1.0,
@@ -104,8 +109,11 @@ class LaggingVAE(Method):
     def _stages(self, run: Run, epochs: int) -> list[Stage]:
         s = self.settings
         stages, epochs = self._start(run, epochs)
-        loss, held_out = _elbo(run, s)
+        loss, held_out = _elbo(run, self)
+        drops = rungs(run.restarts, run.options.survivors or run.restarts, s["segments"])
         for segment in range(s["segments"]):
+            if segment in drops:
+                stages += [lambda run, count=drops[segment]: run.keep(run.best_of(run.objective, run.restarts, count))]
             begin, end = (epochs * k // s["segments"] for k in (segment, segment + 1))
             alone = max(1, round(s["inference_share"] * (end - begin)))
             # The schedule of one long phase, whose rate falls over its second half, in steps of a segment.
@@ -147,6 +155,6 @@ class IWAE(Method):
         phase = Phase(
             "bound", epochs, ("model.", "inference."),
             lambda rows, step: bound(rows, self.settings["num_samples"], step),
-            lambda: bound(run.validation, VALIDATION_SAMPLES, VALIDATION_DRAWS),
+            lambda: bound(run.validation, VALIDATION_SAMPLES, VALIDATION_DRAWS), halving=True,
         )  # fmt: skip
         return [*stages, phase, Run.judge, Run.consider]

@@ -1,0 +1,189 @@
+"""Grids: settings, data sets and restarts that train side by side, as one batch of replicas wherever their programs agree."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from libi_fast.data import Standardizer
+from libi_fast.errors import InputError
+from libi_fast.models.likelihoods import LIKELIHOODS
+from libi_fast.models.model import LatentVariableModel, MeanFieldGaussian
+from libi_fast.models.networks import describe
+from libi_fast.ops.random import as_seed
+from libi_fast.training import distributed
+from libi_fast.training.batches import Batches, as_rows
+from libi_fast.training.checkpoint import Checkpoint, digest
+from libi_fast.training.method import Method
+from libi_fast.training.options import FitOptions, Log
+from libi_fast.training.replicas import Replicas, torch_seed
+from libi_fast.training.run import Run
+
+
+def fit_grid(methods: Sequence[Method], data: Sequence[Any], **options: Any) -> list[list[Method]]:
+    """Fit every method to every data set, with the results of fitting each alone (to rounding), in far less time.
+
+    Methods whose settings differ in numbers of the objective alone (LiBI's weight and tolerances, beta) train as one batch with
+    all their restarts and data sets; other methods follow one another. So a comparison is a list::
+
+        grid = lf.fit_grid([lf.LiBI(model, q, hz_weight=w) for w in (1, 10, 20)], data=[lf.data.Mobius(s) for s in range(5)],
+                           epochs=5000, restarts=10)
+        grid[1][0].log_likelihood(x)  # hz_weight 10, the first data set
+
+    Args:
+        methods: any mix; their modules are copied, not trained.
+        data: data sets with ``.train`` and ``.validation`` (:mod:`libi_fast.data`), or (train, validation) pairs; all of one
+            shape.
+        options: as of :meth:`Method.fit`. A ``checkpoint`` keeps the whole grid (one file a batch); the bar shows the whole.
+
+    Returns:
+        fitted methods, [methods][data sets]. One none of whose restarts stayed finite is warned about and keeps the parameters
+        that it came with.
+
+    Raises:
+        As :meth:`Method.fit`; InputError: no methods, no data, unequal shapes.
+    """
+    if not methods or not data:
+        raise InputError(f"a grid needs methods and data, got {len(methods)} and {len(data)}")
+    sets = [(d.train, d.validation) if hasattr(d, "validation") else tuple(d) for d in data]
+    if any(len(s) != 2 for s in sets):
+        raise InputError("data must be data sets, or (train, validation) pairs")
+    grid = [[copy.deepcopy(m) for _ in sets] for m in methods]
+    batches: dict[str, list[list[Method]]] = {}
+    for method, row in zip(methods, grid, strict=True):
+        batches.setdefault(_program(method), []).append(row)
+    train_batches(list(batches.values()), sets, FitOptions(**options))
+    return grid
+
+
+def train_batches(batches: list[list[list[Method]]], sets: list[tuple[Any, Any]], options: FitOptions) -> None:
+    """Train batch after batch: rows of methods of one program, row[k] on sets[k]."""
+    for rows in batches:  # before any training
+        rows[0][0]._check_epochs(options.epochs)
+    path, log, keepers = options.checkpoint, Log(options.log_dir), list[Checkpoint]()
+    label = batches[0][0][0].label if len(batches) == 1 else f"{len(batches)} batches"
+    with tqdm(total=options.epochs * len(batches), desc=label, unit="epoch", disable=not options.progress) as bar:
+        for i, rows in enumerate(batches):
+            own = path if path is None or len(batches) == 1 else Path(f"{path}.{i}")
+            keepers.append(_train_batch(rows, sets, options, own, bar, log))
+    for keeper in keepers:
+        keeper.delete()
+    log.close()
+
+
+def _program(method: Method) -> str:
+    """What methods must have in common to train as one batch."""
+
+    def account(source: Any) -> Any:
+        """Equal where two modules are the same function of their tensors; of a user's own module: the object itself."""
+        if type(source) is LatentVariableModel:
+            return account(source.decoder), account(source.likelihood), source.latent_dim, source.dtype
+        if type(source) is MeanFieldGaussian:
+            return account(source.network)
+        if type(source) in LIKELIHOODS:
+            return type(source), source.config()
+        described = describe(source) if isinstance(source, nn.Module) else None
+        return id(source) if described is None else described
+
+    fixed = {k: v for k, v in method.settings.items() if k not in method.weights}
+    return repr((type(method), [account(source) for source in method._sources], fixed))
+
+
+def _train_batch(
+    rows: list[list[Method]], sets: list[tuple[Any, Any]], options: FitOptions, path: Any, bar: tqdm, log: Log
+) -> Checkpoint:
+    """Train methods of one program, rows[i][k] on sets[k]; the modules of each end up with its best restart's parameters."""
+    method, cells = rows[0][0], [m for row in rows for m in row]
+    key = as_seed(options.seed)
+    batches, held_out, standardizers = _prepared(method, sets, options, int(key))
+    method.model.check(batches.rows.flatten(0, -2))
+    method.model.likelihood.check(held_out.flatten(0, -2))
+    method._check_inference(batches.rows.flatten(0, -2)[:2])
+    method._check_batches(batches)
+    identity = {
+        "method": json.dumps([row[0].config() for row in rows], sort_keys=True, default=str), "torch": str(torch.__version__),
+        "the data": digest(batches.rows, held_out), **options.of_the_result(),
+    }  # fmt: skip
+    keeper = Checkpoint(path, options.checkpoint_seconds, identity, writes=distributed.first())
+    keeper.check(options.resume)
+    replicas = _replicas(rows, options, int(key))
+    if options.autocast is not None:
+        replicas.template.autocast = getattr(torch, options.autocast)
+    # Dropout and the like draw from torch's generator, which the seed governs within training.
+    with torch_seed(int(key)):
+        run = Run(replicas, len(cells), batches, held_out, key, options, keeper, bar, log)
+        run.go(method._stages(run, options.epochs), options.resume)
+    if path != options.checkpoint:  # batches that have ended are not trained again when a later one is resumed
+        keeper.write(run.state())
+    scores = torch.where(torch.isfinite(run.scores), run.scores, math.inf).view(len(cells), -1)
+    winners = scores.argmin(1)
+    run.note(phase="selection", objective=run.scores, restart=winners.tolist() if len(cells) > 1 else int(winners))
+    for c, cell in enumerate(cells):
+        cell.history = run.histories[c]
+        cell.history[-1]["restart"] = int(winners[c])
+        if not math.isfinite(float(scores[c].min())):
+            message = f"{cell.label}: no restart ended with a finite validation objective"
+            if len(cells) == 1:
+                raise FloatingPointError(message)
+            warnings.warn(f"{message} (cell {c})", stacklevel=2)
+            continue
+        replicas.load_into(cell.system, run.best, c * scores.shape[1] + int(winners[c]))
+        cell.standardizer, cell.columns = standardizers[c % len(sets)], options.columns
+        cell.training = options.of_the_result()
+    return keeper
+
+
+def _replicas(rows: list[list[Method]], options: FitOptions, seed: int) -> Replicas:
+    """The replicas of all cells, their random numbers those of each cell alone."""
+    systems, sizes = [], []
+    for row in rows:
+        own = [row[0].system] if options.warm_start else row[0]._systems(options.restarts, seed)
+        for cell in row:
+            systems += [cell.system] if options.warm_start else own
+            sizes.append(len(own))
+    replicas = Replicas(systems)
+    device, dtype = replicas.own["ids"].device, replicas.dtype
+    replicas.own["ids"] = torch.arange(sizes[0], device=device).repeat(len(sizes))
+    replicas.own["dataset"] = torch.arange(len(rows[0]), device=device).repeat_interleave(sizes[0]).repeat(len(rows))
+    if len(rows) > 1:
+        for name in rows[0][0].weights:
+            values = torch.tensor([row[0].settings[name] for row in rows], dtype=dtype, device=device)
+            replicas.own[name] = values.repeat_interleave(sizes[0] * len(rows[0]))
+    return replicas
+
+
+def _prepared(
+    method: Method, sets: list[tuple[Any, Any]], options: FitOptions, seed: int
+) -> tuple[Batches, Tensor, list[Standardizer | None]]:
+    """Batches and held-out rows as the model sees them, [N, D] or [K, N, D], and each data set's standardizer."""
+    like = torch.empty(0, dtype=method.model.dtype, device=method.model.device)
+    # Columns are standardised before they lose digits to the model's dtype.
+    as_given = like.double() if options.standardize else like
+    every, held_out, standardizers = [], [], list[Standardizer | None]()
+    for train, validation in sets:
+        batches = Batches(train, options.batch_size, seed & (2**63 - 1), as_given)
+        standardizer = Standardizer.fit(batches.rows, options.columns) if options.standardize else None
+
+        def inward(x: Tensor, standardizer: Standardizer | None = standardizer) -> Tensor:
+            return method._inward(x, standardizer)
+
+        batches.apply(inward)
+        rows = batches.rows if validation is None else inward(as_rows(validation, as_given, "validation"))
+        if rows.shape[1] != batches.rows.shape[1]:
+            raise InputError(f"validation has {rows.shape[1]} columns but train has {batches.rows.shape[1]}")
+        every.append(batches)
+        held_out.append(rows)
+        standardizers.append(standardizer)
+    shapes = [tuple(v.shape) for v in held_out]
+    if len(set(shapes)) > 1:
+        raise InputError(f"data sets that train as one batch must have equal shapes, got validation rows of {shapes}")
+    return Batches.stacked(every), held_out[0] if len(held_out) == 1 else torch.stack(held_out), standardizers

@@ -1,0 +1,95 @@
+"""The arguments of ``fit``, checked, and where its scalars go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from libi_fast.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """The keyword arguments of :meth:`Method.fit`, which says what they mean. Raises as it does."""
+
+    epochs: int = 30_000
+    restarts: int = 1
+    survivors: int | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    learning_rate: float = 0.01
+    tolerance: float | None = None
+    patience: int = 200
+    standardize: bool = False
+    columns: list[str] | None = None
+    early_stopping: bool = False
+    warm_start: bool = False
+    autocast: str | None = None
+    memory: int = 2**30
+    checkpoint: str | PathLike[str] | None = None
+    checkpoint_seconds: float = 30.0
+    resume: bool = False
+    log_dir: str | PathLike[str] | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for label in ("epochs", "restarts", "survivors", "patience", "memory"):
+            value = getattr(self, label)
+            if value is not None and value < 1:
+                raise InputError(f"{label} must be at least 1, got {value}")
+        if self.survivors is not None and self.survivors > self.restarts:
+            raise InputError(f"survivors must be at most restarts ({self.restarts}), got {self.survivors}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InputError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        if self.tolerance is not None and not self.tolerance >= 0:
+            raise InputError(f"tolerance must not be negative, got {self.tolerance}")
+        if self.warm_start and self.restarts != 1:
+            raise InputError("warm_start trains the modules as they are: restarts must be 1")
+        if self.autocast not in (None, "bfloat16", "float16"):
+            raise InputError(f"autocast must be None, 'bfloat16' or 'float16', got {self.autocast!r}")
+
+    def of_the_result(self) -> dict[str, Any]:
+        """Those that decide what comes out, and so what a checkpoint must agree with."""
+        elsewhere = ("memory", "checkpoint", "checkpoint_seconds", "resume", "log_dir", "progress")
+        return {k: v for k, v in asdict(self).items() if k not in elsewhere}
+
+
+class Log:
+    """Scalars for TensorBoard: of each cell the terms of the restart whose objective is lowest. ``folder`` None keeps none.
+
+    Raises:
+        InputError: the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | PathLike[str] | None):
+        self.folder = folder
+        self.writer: Any = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise InputError("log_dir needs tensorboard: pip install tensorboard") from error
+            self._open = SummaryWriter
+
+    def write(self, phase: str, step: int, cells: int, terms: dict[str, Tensor]) -> None:
+        if self.folder is None:
+            return
+        if self.writer is None:  # what an interrupted run wrote after its last checkpoint is purged
+            self.writer = self._open(str(self.folder), purge_step=step)
+        every = {**terms, "objective": torch.stack(list(terms.values())).sum(0)}
+        split = {name: value.view(cells, -1) for name, value in every.items()}
+        objective = split["objective"]
+        best = torch.where(torch.isfinite(objective), objective, math.inf).argmin(1)
+        for cell, restart in enumerate(best.tolist()):
+            suffix = f"/{cell}" if cells > 1 else ""
+            for name, value in split.items():
+                self.writer.add_scalar(f"{phase}/{name}{suffix}", float(value[cell, restart]), step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
