@@ -22,21 +22,31 @@ def default_beta(n: int, d: int) -> float:
     return (1 / math.sqrt(2)) * ((2 * d + 1) * n / 4) ** (1 / (d + 4))
 
 
-def whiten(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+Reduce = Callable[[Tensor], Tensor]
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The sum over processes where there is one."""
+    return tensor
+
+
+def whiten(z: Tensor, total: int | None = None, reduce: Reduce = alone) -> tuple[Tensor, Tensor, Tensor]:
     """[R, n, d] -> whitened points, the Cholesky factor of S, and which replicas are singular.
 
-    Centred first: an offset of 100 would cost float32 two digits. Any square root of S serves, since only distances enter.
+    Centred first: an offset of 100 would cost float32 two digits. Any square root of S serves where only distances enter.
+    Of ``total`` rows that are spread over processes, these n are this process's, and ``reduce`` sums over processes.
     """
-    n, d = z.shape[-2:]
+    d = z.shape[-1]
+    n = z.shape[-2] if total is None else total
     eps = torch.finfo(z.dtype).eps
-    mean = z.mean(-2, keepdim=True)
+    mean = reduce(z.sum(-2, keepdim=True)) / n
     centred = z - mean
     # The scale is taken out before the rank is judged, so that units do not decide what counts as singular.
-    scale = centred.square().mean(-2, keepdim=True).sqrt()
+    scale = (reduce(centred.square().sum(-2, keepdim=True)) / n).sqrt()
     constant = scale <= 10 * eps * mean.abs()
     unit = torch.where(constant, torch.ones_like(scale), scale)
     standard = centred / torch.where(constant, torch.full_like(scale, math.inf), scale)
-    correlation = standard.mT @ standard / n
+    correlation = reduce(standard.mT @ standard) / n
     identity = torch.eye(d, dtype=z.dtype, device=z.device)
     # A replica that holds NaN must not stop the others: eigenvalue routines fail on NaN, and its y carries the NaN on.
     finite = torch.isfinite(correlation).all(-1).all(-1)
@@ -45,6 +55,23 @@ def whiten(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     factor = torch.linalg.cholesky_ex(torch.where((finite & ~singular)[:, None, None], correlation, identity)).L
     y = torch.linalg.solve_triangular(factor, standard.mT, upper=False).mT
     return y, unit.mT * factor, singular
+
+
+def gradient_at_points(
+    slope: Tensor, y: Tensor, factor: Tensor, singular: Tensor, total: int | None = None, reduce: Reduce = alone
+) -> Tensor:
+    """The gradient in z from ``slope``, that in y with the y_i taken as free; arguments as :func:`whiten` gives and takes them.
+
+    The statistic is unchanged where z is replaced by its whitened points, so the gradient may be taken at y, where mean and
+    covariance are 0 and I, and carried back with the factor. There a step e_j moves the whitened y_i by e_i - mean(e) - P y_i,
+    P the lower triangle, its diagonal halved, of A = (1/n) sum_j (y_j e_j' + e_j y_j'): chol(I + A) = I + P to first order.
+    Where singular it is zero: the statistic is the constant 4n there.
+    """
+    n = y.shape[-2] if total is None else total
+    moment = reduce(y.mT @ slope)
+    through = slope - reduce(slope.sum(-2, keepdim=True)) / n - y @ (moment.triu() + moment.triu(1).mT) / n
+    result = torch.linalg.solve_triangular(factor.mT, through.mT, upper=True).mT
+    return result.masked_fill_(singular[:, None, None], 0).contiguous()
 
 
 def pair_sums(y: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -74,12 +101,7 @@ PairSums = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
 
 
 def forward(z: Tensor, beta: float, gradient: bool, pair_sums: PairSums = pair_sums) -> tuple[Tensor, Tensor]:
-    """[R, n, d] -> HZ [R] and, if asked for, d HZ / d z [R, n, d] from the same pass over the pairs (else [R, 0, d]).
-
-    Where singular the gradient is zero: HZ is the constant 4n there. HZ is unchanged by affine maps of z, so the gradient may
-    be taken at y, where mean and covariance are 0 and I, and carried back with the factor. There a step e_j moves the whitened
-    y_i by e_i - mean(e) - (1/2n) sum_j (y_j e_j' + e_j y_j') y_i.
-    """
+    """[R, n, d] -> HZ [R] and, if asked for, d HZ / d z [R, n, d] from the same pass over the pairs (else [R, 0, d])."""
     replicas, n, d = z.shape
     b2 = beta * beta
     y, factor, singular = whiten(z)
@@ -90,11 +112,8 @@ def forward(z: Tensor, beta: float, gradient: bool, pair_sums: PairSums = pair_s
     value = torch.where(singular, torch.full_like(value, 4 * n), value)
     if sums is None:
         return value, z.new_empty((replicas, 0, d))
-    plain = (-2 * b2 / n) * (sums[..., -1:] * y - sums[..., :-1]) + 2 * b2 * (1 + b2) ** (-d / 2 - 1) * single * y
-    moment = y.mT @ plain
-    through = plain - plain.mean(-2, keepdim=True) - y @ (moment + moment.mT) / (2 * n)
-    result = torch.linalg.solve_triangular(factor.mT, through.mT, upper=True).mT
-    return value, result.masked_fill_(singular[:, None, None], 0).contiguous()
+    slope = (-2 * b2 / n) * (sums[..., -1:] * y - sums[..., :-1]) + 2 * b2 * (1 + b2) ** (-d / 2 - 1) * single * y
+    return value, gradient_at_points(slope, y, factor, singular)
 
 
 def null_distribution(n: int, d: int, beta: float) -> tuple[float, float]:
@@ -110,8 +129,7 @@ def null_distribution(n: int, d: int, beta: float) -> tuple[float, float]:
     return mean, variance
 
 
-def log_p_value_parameters(n: int, d: int, beta: float) -> tuple[float, float]:
-    """Log-mean and log-standard deviation of the lognormal whose survival function is the p-value."""
-    mean, variance = null_distribution(n, d, beta)
-    ratio = variance / mean**2
-    return math.log(mean) - 0.5 * math.log1p(ratio), math.sqrt(math.log1p(ratio))
+def lognormal_parameters(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-mean and log-standard deviation of the lognormal of these moments, whose survival function is the p-value."""
+    log_variance = torch.log1p(variance / mean.square())
+    return mean.log() - 0.5 * log_variance, log_variance.sqrt()

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     INITIALISATION = 5
     TRAINING = 6
     MODEL_SAMPLE = 7
+    FREQUENCIES = 8
 
 
 INDEX_LIMIT = 2**32
