@@ -6,6 +6,8 @@
 from libi_fast import data
 from libi_fast.errors import InputError
 from libi_fast.estimators import LogLikelihood, log_likelihood, pareto_k
+from libi_fast.metrics import AggregatedPosterior, aggregated_posterior, energy_distance
+from libi_fast.models.laplace import mutual_information
 from libi_fast.models.likelihoods import Bernoulli, DiagonalGaussian, Gaussian, Likelihood
 from libi_fast.models.linear_gaussian import (
     closest_mean_field,
@@ -22,14 +24,18 @@ from libi_fast.ops._library import use_backend
 from libi_fast.ops.henze_zirkler import HenzeZirkler, henze_zirkler
 from libi_fast.ops.log_mean_exp import log_mean_exp
 from libi_fast.ops.random import Stream, philox_normal, philox_uniform
+from libi_fast.ops.smooth_knn import smooth_knn
 from libi_fast.runs import load
 from libi_fast.training import IWAE, METHODS, VAE, LaggingVAE, LiBI, Method, fit_grid
+from libi_fast.training.constraints import Constraint, MutualInformation
 
 __all__ = [
     "IWAE",
     "METHODS",
     "VAE",
+    "AggregatedPosterior",
     "Bernoulli",
+    "Constraint",
     "Cube",
     "DiagonalGaussian",
     "Gaussian",
@@ -44,9 +50,12 @@ __all__ = [
     "MeanField",
     "MeanFieldGaussian",
     "Method",
+    "MutualInformation",
     "Stream",
+    "aggregated_posterior",
     "closest_mean_field",
     "data",
+    "energy_distance",
     "exact_log_likelihood",
     "exact_mutual_information",
     "exact_posterior",
@@ -58,9 +67,11 @@ __all__ = [
     "log_mean_exp",
     "mean_field_gap",
     "mlp",
+    "mutual_information",
     "pareto_k",
     "philox_normal",
     "philox_uniform",
     "quadrature_log_likelihood",
+    "smooth_knn",
     "use_backend",
 ]

@@ -351,3 +351,11 @@ def test_what_is_not_supported_says_so() -> None:
         torch.func.jvp(henze_zirkler_statistic, (z,), (torch.ones_like(z),))
     with pytest.raises(NotImplementedError, match="henze_zirkler has no second derivative"):
         torch.autograd.functional.hessian(henze_zirkler_statistic, z)
+
+
+def test_gradient_around_vmap_equals_the_loop() -> None:
+    z = points(30, 2)[None].repeat(3, 1, 1) * torch.randn(3, 30, 2, dtype=torch.float64)
+    mapped = torch.func.grad(lambda a: torch.vmap(henze_zirkler_statistic)(a).sum())(z)
+    looped = torch.stack([torch.func.grad(henze_zirkler_statistic)(one) for one in z])
+    assert torch.allclose(mapped, looped, rtol=1e-12)
+    assert mapped.abs().min(1).values.max() > 0

@@ -16,6 +16,7 @@ class Likelihood(nn.Module):
     """Base of all likelihoods. ``name`` is its word in configurations and kernels."""
 
     name = ""
+    reparameterized = True  # a draw is a differentiable function of standard normal noise; else of uniforms
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """log p(x | decoder output), x and output [..., D] (broadcasting) -> [...], in nats."""
@@ -28,6 +29,14 @@ class Likelihood(nn.Module):
     def mean(self, output: Tensor) -> Tensor:
         """E[x | z], [..., D]."""
         return output
+
+    def score(self, x: Tensor, output: Tensor) -> Tensor:
+        """d log p(x | output) / d output, [..., D]."""
+        return torch.func.grad(lambda o: self.log_prob(x, o).sum())(output)
+
+    def information(self, output: Tensor) -> Tensor:
+        """Fisher's information on each of the decoder's outputs, [..., D]: the mean square of the score."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its Fisher information: define information(output)")
 
     def check(self, x: Tensor) -> None:
         """Raise InputError where data x [N, D] lies outside the support."""
@@ -91,6 +100,9 @@ class DiagonalGaussian(Likelihood):
     def sample(self, output: Tensor, noise: Tensor) -> Tensor:
         return output + self.variance.sqrt() * noise
 
+    def information(self, output: Tensor) -> Tensor:
+        return (1 / self.variance).expand_as(output)
+
     def check(self, x: Tensor) -> None:
         size = self.variance.shape[-1]
         if size not in (1, x.shape[-1]):
@@ -119,12 +131,16 @@ class Bernoulli(Likelihood):
     """x | z ~ Bernoulli(sigmoid(decoder(z))); x may lie anywhere in [0, 1] (the cross entropy)."""
 
     name = "bernoulli"
+    reparameterized = False
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         return bernoulli(x, output)
 
     def sample(self, output: Tensor, noise: Tensor) -> Tensor:
         return (noise < torch.sigmoid(output)).to(output.dtype)
+
+    def information(self, output: Tensor) -> Tensor:
+        return torch.sigmoid(output) * torch.sigmoid(-output)
 
     def mean(self, output: Tensor) -> Tensor:
         return torch.sigmoid(output)

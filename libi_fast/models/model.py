@@ -118,7 +118,7 @@ class LatentVariableModel(nn.Module):
         key = as_seed(seed, self.device)
         common: dict[str, Any] = {"stream": Stream.MODEL_SAMPLE, "dtype": self.dtype, "device": self.device}
         output = self.decode(philox_normal(key, n, self.latent_dim, **common))
-        draw = philox_uniform if self.likelihood.name == "bernoulli" else philox_normal
+        draw = philox_normal if self.likelihood.reparameterized else philox_uniform
         return self.likelihood.sample(output, draw(key, n, output.shape[-1], repetition=1, **common))
 
     def config(self) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def _draws(seed: int | Tensor | None, count: int, z: Tensor, repetition: int) ->
 
 
 def _statistic(z: Tensor, setting: _Setting, reduce: Reduce | None, backend: str | None) -> Tensor:
-    gradient = torch.is_grad_enabled() and z.requires_grad
+    # Within torch.func transforms a tensor does not say whether it requires a gradient.
+    gradient = torch.is_grad_enabled() and (z.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(z))
     flat, _ = _HenzeZirkler.apply(
         z.reshape(-1, *z.shape[-2:]), setting.vectors, setting.beta, setting.method, gradient, lib.current_backend(backend),
         setting.total, reduce,

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     TRAINING = 6
     MODEL_SAMPLE = 7
     FREQUENCIES = 8
+    CONSTRAINTS = 9
 
 
 INDEX_LIMIT = 2**32

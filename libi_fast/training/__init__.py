@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from libi_fast.errors import InputError
 from libi_fast.models.likelihoods import likelihood_from_config
 from libi_fast.models.model import LatentVariableModel, MeanFieldGaussian
 from libi_fast.models.networks import build
+from libi_fast.training.constraints import constraint_from_config
 from libi_fast.training.grid import fit_grid
 from libi_fast.training.libi import LiBI
 from libi_fast.training.method import Method
@@ -60,7 +62,13 @@ def from_config(
     likelihood = likelihood_from_config(m["likelihood"], dtype)
     model = LatentVariableModel(module(m["decoder"], decoder, "decoder"), likelihood, m["latent_dim"])
     inference = MeanFieldGaussian(module(config["inference"], network, "network"))
-    method = CLASSES[config["method"]](model, inference, **config["settings"])
+    settings = dict(config["settings"])
+    if "constraints" in settings:
+        own = [c for c in settings["constraints"] if "custom" in c]
+        if own:  # they played their part in training, which has ended
+            warnings.warn(f"without the constraints of your own: {', '.join(c['custom'] for c in own)}", stacklevel=3)
+        settings["constraints"] = [constraint_from_config(c) for c in settings["constraints"] if c not in own]
+    method = CLASSES[config["method"]](model, inference, **settings)
     saved = config.get("standardizer")
     method.standardizer = None if saved is None else Standardizer.from_config(saved)
     method.columns = config.get("columns")

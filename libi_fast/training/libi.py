@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from libi_fast.errors import InputError
-from libi_fast.ops.henze_zirkler import henze_zirkler_statistic
+from libi_fast.ops.henze_zirkler import METHODS, henze_zirkler_statistic
 from libi_fast.training.batches import Batches
-from libi_fast.training.constraints import moment_errors, safe_exp
+from libi_fast.training.constraints import Constraint, Step1, moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
 from libi_fast.training.method import Method, elbo_at_start, fit_decoder
-from libi_fast.training.objectives import elbo_terms
+from libi_fast.training.objectives import elbo_terms, importance_terms
 from libi_fast.training.replicas import Replicas, System
-from libi_fast.training.run import Phase, Run, Stage, Terms
+from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Phase, Run, Stage, Terms
 from libi_fast.training.start import copy_encoder, mirror_codes, start_std, whiten_codes
 
 STEP1_SHARE = 2 / 3  # of a repeat's epochs
+STEP1, STEP2 = ("joint", "importance", "quadrature"), ("elbo", "importance")
 
 
 class LiBI(Method):
@@ -24,8 +28,8 @@ class LiBI(Method):
 
     Step 1 minimises, over the decoder and the encoder z_n = h(x_n),
     ``-(1/N) sum log p(x_n | z_n) + hz_weight exp(HZ({z_n})) + exp(||Cov - I||_F^2 / covariance_tolerance)
-    + exp(||mean||^2 / mean_tolerance)``. Step 2 minimises -ELBO over the inference network, the decoder fixed. Step 3 begins
-    the next repeat with h = the mean of q.
+    + exp(||mean||^2 / mean_tolerance)`` and exp(violation / tolerance) of further constraints. Step 2 minimises -ELBO over the
+    inference network, the decoder fixed. Step 3 begins the next repeat with h = the mean of q.
 
     Args:
         model, inference: see :class:`Method`.
@@ -33,6 +37,16 @@ class LiBI(Method):
             layer (L outputs); None uses the mean of q throughout, which is what the repeats do anyway.
         hz_weight, covariance_tolerance, mean_tolerance: the paper's eps_HZ, eps_Sigma, eps_mu.
         repeats: R.
+        step1: what step 1 maximises beside its constraints, and so what restarts are judged by:
+            'joint', log p(x_n | z_n), as published;
+            'importance', log (1/S) sum_s p(x_n, z_s) / q(z_s | x_n) over q as well, the constraints on a draw of q each row;
+            'quadrature', log p(x_n) itself, integrated around z_n (latent_dim 1 or 2), while h follows the modes of
+            p(z_n | x_n). Its optimum's codes have the prior's law, so hz_weight and the tolerances play no part in it.
+            The last two begin, in the first repeat, with half of step 1's epochs of 'joint'.
+        step2: 'elbo', or 'importance' for the importance-weighted bound.
+        num_samples: S of 'importance'.
+        constraints: :class:`Constraint` objects, such as ``lf.MutualInformation(at_least=2.0)``.
+        hz_method, hz_beta: how the Henze-Zirkler statistic is taken (see ``lf.henze_zirkler``), and its kernel's width.
         whiten: start with an encoder whose codes have mean 0 and covariance I (its last layer is rescaled).
         warm_up: epochs of the first step 1 in which the decoder alone learns, on frozen codes.
         candidates: short runs each restart begins with; the one whose held-out objective is best after ``warm_up`` epochs of
@@ -51,7 +65,8 @@ class LiBI(Method):
     def __init__(
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
-        candidates: int = 4, initial_std: float | None = None,
+        candidates: int = 4, initial_std: float | None = None, step1: str = "joint", step2: str = "elbo",
+        num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact", hz_beta: float | None = None,
     ):  # fmt: skip
         for label, value in {
             "hz_weight": hz_weight,
@@ -62,14 +77,29 @@ class LiBI(Method):
                 raise InputError(f"{label} must be positive and finite, got {value}")
         if initial_std is not None and not (math.isfinite(initial_std) and initial_std > 0):
             raise InputError(f"initial_std must be positive and finite, got {initial_std}")
-        for label, value, least in (("repeats", repeats, 1), ("warm_up", warm_up, 0), ("candidates", candidates, 1)):
+        if hz_beta is not None and not (math.isfinite(hz_beta) and hz_beta > 0):
+            raise InputError(f"hz_beta must be positive and finite, got {hz_beta}")
+        for label, value, least in (
+            ("repeats", repeats, 1), ("warm_up", warm_up, 0), ("candidates", candidates, 1), ("num_samples", num_samples, 1),
+        ):  # fmt: skip
             if value < least:
                 raise InputError(f"{label} must be at least {least}, got {value}")
+        for label, value, known in (("step1", step1, STEP1), ("step2", step2, STEP2), ("hz_method", hz_method, METHODS)):
+            if value not in known:
+                raise InputError(f"{label} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        for constraint in constraints:
+            if not isinstance(constraint, Constraint):
+                raise TypeError(f"constraints must hold lf.Constraint objects, got {type(constraint).__name__}")
+        if step1 == "importance" and encoder is not None:
+            raise InputError("step1='importance' learns q, whose mean is the encoder: leave encoder=None")
         super().__init__(
             model, inference, encoder, hz_weight=hz_weight, covariance_tolerance=covariance_tolerance,
             mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up,
-            candidates=candidates, initial_std=initial_std,
+            candidates=candidates, initial_std=initial_std, step1=step1, step2=step2, num_samples=num_samples,
+            constraints=tuple(constraints), hz_method=hz_method, hz_beta=hz_beta,
         )  # fmt: skip
+        if step1 == "quadrature" and self.model.latent_dim > 2:
+            raise InputError(f"step1='quadrature' is over 1 or 2 latent dimensions, but latent_dim is {self.model.latent_dim}")
 
     def _check_epochs(self, epochs: int) -> None:
         repeats = self.settings["repeats"]
@@ -95,56 +125,106 @@ class LiBI(Method):
     # --- step 1 ---
 
     def step1_terms(self, replicas: Replicas, rows: Rows) -> Terms:
-        """The terms of step 1's objective on rows of x, each [R]: this process's shares."""
-        hz_weight, covariance_tolerance, mean_tolerance = (self.weight(name, replicas) for name in self.weights)
+        """The terms of step 1's objective as published on rows of x, each [R]: this process's shares."""
         z = replicas.codes(rows.values)
+        return {"reconstruction": -rows.mean(replicas.log_prob(rows.values, z)), **self._code_terms(replicas, rows, z)}
+
+    def _code_terms(self, replicas: Replicas, rows: Rows, z: Tensor) -> Terms:
+        """The penalties that keep codes z [R, n, L] of these rows to the prior."""
+        hz_weight, covariance_tolerance, mean_tolerance = (self.weight(name, replicas) for name in self.weights)
         every = rows.gather(z)
         off_mean, off_covariance = moment_errors(every)
+        statistic = henze_zirkler_statistic(every, method=self.settings["hz_method"], beta=self.settings["hz_beta"])
         return {
-            "reconstruction": -rows.mean(replicas.log_prob(rows.values, z)),
-            "henze_zirkler": rows.share(hz_weight * safe_exp(henze_zirkler_statistic(every))),
+            "henze_zirkler": rows.share(hz_weight * safe_exp(statistic)),
             "covariance": rows.share(safe_exp(off_covariance / covariance_tolerance)),
             "mean": rows.share(safe_exp(off_mean / mean_tolerance)),
         }
+
+    def _constraint_terms(self, run: Run, rows: Rows, z: Tensor, step: int) -> Terms:
+        """The penalties of ``constraints``; terms of one name are told apart by their number."""
+        terms: Terms = {}
+        context = Step1(run.replicas, rows, z, run.seed, step)
+        for i, constraint in enumerate(self.settings["constraints"]):
+            name = constraint.name if constraint.name not in terms else f"{constraint.name} {i}"
+            terms[name] = rows.share(safe_exp(constraint.violation(context) / constraint.tolerance))
+        return terms
+
+    def _joint(self, run: Run, rows: Rows, step: int) -> Terms:
+        terms = self.step1_terms(run.replicas, rows)
+        if self.settings["constraints"]:
+            terms |= self._constraint_terms(run, rows, run.replicas.codes(rows.values), step)
+        return terms
+
+    def _importance(self, run: Run, rows: Rows, step: int) -> Terms:
+        samples = self.settings["num_samples"] if step != VALIDATION_DRAWS else VALIDATION_SAMPLES
+        terms = importance_terms(run, rows, samples, "doubly-reparameterized", step)
+        q = run.replicas.posterior(rows.values)
+        z = q.mean + q.log_std.exp() * run.noise(rows, 1, step)()[:, :, 0]
+        return {**terms, **self._code_terms(run.replicas, rows, z), **self._constraint_terms(run, rows, z, step)}
+
+    def _quadrature(self, run: Run, rows: Rows, step: int) -> Terms:
+        replicas = run.replicas
+        z = replicas.codes(rows.values)
+        terms = {"likelihood": -rows.mean(replicas.local_log_likelihood(rows.values, z.detach()))}
+        if step != VALIDATION_DRAWS:  # h follows the modes; theta does not follow h
+            with replicas.frozen("model."):
+                joint = replicas.log_prob(rows.values, z) - 0.5 * z.square().sum(-1)
+            terms["mode"] = -rows.mean(joint - joint.detach())
+        return {**terms, **self._constraint_terms(run, rows, z, step)}
 
     def _step1(self, run: Run, epochs: int, first: bool) -> list[Stage]:
         s = self.settings
         prefix = "encoder." if first and run.replicas.template.encoder is not None else "inference."
 
-        def phase(name: str, epochs: int, decay: bool = True, halving: bool = False) -> Phase:
+        def phase(name: str, epochs: int, kind: str = "joint", decay: bool = True, halving: bool = False) -> Phase:
+            terms = {"joint": self._joint, "importance": self._importance, "quadrature": self._quadrature}[kind]
             return Phase(
-                name, epochs, ("model.", prefix), lambda rows, step: self.step1_terms(run.replicas, rows),
-                lambda: self.step1_terms(run.replicas, run.validation), decay, halving=halving,
+                name, epochs, ("model.", prefix), lambda rows, step: terms(run, rows, step),
+                lambda: terms(run, run.validation, VALIDATION_DRAWS), decay, halving=halving,
             )  # fmt: skip
 
         if not first or run.options.warm_start:
-            return [phase("step 1", epochs)]
+            return [phase("step 1", epochs, s["step1"])]
         warm_up, stages = min(s["warm_up"], epochs // 6), list[Stage]()
         if s["whiten"]:
             stages += [lambda run: whiten_codes(run.replicas, prefix, run.train.values)]
         if self._candidates_train:
             stages += [lambda run: mirror_codes(run.replicas, prefix, s["candidates"])]
         stages += [fit_decoder(run, warm_up)]
+        epochs -= warm_up
         if self._candidates_train:
-            stages += [
-                phase("candidates", warm_up, False),
-                lambda run: run.keep(run.best_of(run.objective, s["candidates"], 1)),
-            ]
+            stages += [phase("candidates", warm_up, decay=False)]
+            stages += [lambda run: run.keep(run.best_of(run.objective, s["candidates"], 1))]
             epochs -= warm_up
-        return [*stages, phase("step 1", epochs - warm_up, halving=True)]
+        if s["step1"] == "joint":
+            return [*stages, phase("step 1", epochs, halving=True)]
+        stages += [phase("step 1, joint", epochs // 2, halving=True)]
+        if s["step1"] == "importance":
+            stages += [self._start_std(run)]
+        return [*stages, phase("step 1", epochs - epochs // 2, s["step1"])]
 
     # --- step 2 ---
 
+    def _start_std(self, run: Run) -> Stage:
+        return lambda run: start_std(run.replicas, lambda: elbo_at_start(run), self.settings["initial_std"])
+
     def _step2(self, run: Run, epochs: int, first: bool) -> list[Stage]:
+        s = self.settings
         stages: list[Stage] = []
         if first and run.replicas.template.encoder is not None:
             stages += [lambda run: copy_encoder(run.replicas, self.model.latent_dim)]
-        if first and not run.options.warm_start:
-            stages += [lambda run: start_std(run.replicas, lambda: elbo_at_start(run), self.settings["initial_std"])]
+        if first and not run.options.warm_start and s["step1"] != "importance":
+            stages += [self._start_std(run)]
+
+        def terms(rows: Rows, samples: int, step: int) -> Terms:
+            if s["step2"] == "elbo":
+                return elbo_terms(run.replicas, rows, run.noise(rows, samples, step))
+            return importance_terms(run, rows, max(samples, s["num_samples"]), "doubly-reparameterized", step)
+
         phase = Phase(
-            "step 2", epochs, ("inference.",),
-            lambda rows, step: elbo_terms(run.replicas, rows, run.noise(rows, 1, step)),
-            lambda: elbo_terms(run.replicas, run.validation, run.validation_noise()),
+            "step 2", epochs, ("inference.",), lambda rows, step: terms(rows, 1, step),
+            lambda: terms(run.validation, VALIDATION_SAMPLES, VALIDATION_DRAWS),
         )  # fmt: skip
         return [*stages, phase]
 

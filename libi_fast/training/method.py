@@ -267,7 +267,7 @@ class Method:
         network = self.system.inference.network
         return {
             "method": self.name,
-            "settings": self.settings,
+            "settings": {k: [c.config() for c in v] if k == "constraints" else v for k, v in self.settings.items()},
             "model": self.model.config(),
             "inference": describe(network) or {"custom": type(network).__name__},
             "dtype": str(self.model.dtype).removeprefix("torch."),

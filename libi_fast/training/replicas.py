@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from libi_fast.errors import InputError
 from libi_fast.models.autocast import Autocast
+from libi_fast.models.laplace import local_log_likelihood, log_ratios
 from libi_fast.models.linear_gaussian import is_linear_gaussian
 from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian
 from libi_fast.models.networks import fresh_copy
@@ -53,6 +54,15 @@ class System(nn.Module):
         with self._networks():
             output = self.model.decode(z)
         return self.model.likelihood.log_prob(x, output.to(x.dtype))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.model.decode(z)
+
+    def log_ratios(self, z: Tensor, noise: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+        return log_ratios(self.model, z, noise, inner)
+
+    def local_log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        return local_log_likelihood(self.model, x, z)
 
     def expected_log_prob(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """E_q log p(x|z), [N], in closed form; for linear-Gaussian models alone."""
@@ -168,6 +178,16 @@ class Replicas:
         finally:
             self.count, self.parameters, self.own = before
 
+    @contextlib.contextmanager
+    def frozen(self, prefix: str):
+        """Within the block no gradient reaches the parameters whose names begin with ``prefix``."""
+        before = self.parameters
+        self.parameters = {k: v.detach() if k.startswith(prefix) else v for k, v in before.items()}
+        try:
+            yield
+        finally:
+            self.parameters = before
+
     def rows(self, rows: Rows) -> Rows:
         """Rows [n, D] of all replicas as they are, [K, n, D] of K data sets as [R, n, D] of each replica's."""
         return rows if rows.values.dim() == 2 else rows._replace(values=rows.values[self.own["dataset"]])
@@ -186,6 +206,10 @@ class Replicas:
         """z [R, N, L] -> [R, N], or z [R, N, S, L] -> [R, N, S]."""
         shared = x.dim() == 2
         return self("log_prob", x if z.dim() == 3 else x[..., None, :], z, shared=(shared, False))
+
+    def local_log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x) by quadrature around codes z [R, N, L] -> [R, N]."""
+        return self("local_log_likelihood", x, z, shared=(x.dim() == 2, False))
 
     def expected_log_prob(self, x: Tensor, q: MeanField, noise: Callable[[], Tensor]) -> Tensor:
         """E_q log p(x|z) for q [R, N, L] -> [R, N]: in closed form where the decoder is linear and the noise Gaussian, else

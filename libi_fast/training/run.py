@@ -369,7 +369,7 @@ class _Progress:
         run = self.run
         finite = torch.isfinite(objective).cpu()
         fallen = (run.alive & ~finite).nonzero().flatten().tolist()
-        run.alive = finite
+        run.alive &= finite
         where = f"training became non-finite in {self.phase.name}, epoch {self.epoch}: "
         ids = run.replicas.own["ids"]
         for r in fallen:

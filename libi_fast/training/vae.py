@@ -113,7 +113,7 @@ class LaggingVAE(Method):
         drops = rungs(run.restarts, run.options.survivors or run.restarts, s["segments"])
         for segment in range(s["segments"]):
             if segment in drops:
-                stages += [lambda run, count=drops[segment]: run.keep(run.best_of(run.objective, run.restarts, count))]
+                stages += [_keep(drops[segment])]
             begin, end = (epochs * k // s["segments"] for k in (segment, segment + 1))
             alone = max(1, round(s["inference_share"] * (end - begin)))
             # The schedule of one long phase, whose rate falls over its second half, in steps of a segment.
@@ -158,3 +158,8 @@ class IWAE(Method):
             lambda: bound(run.validation, VALIDATION_SAMPLES, VALIDATION_DRAWS), halving=True,
         )  # fmt: skip
         return [*stages, phase, Run.judge, Run.consider]
+
+
+def _keep(count: int) -> Stage:
+    """Go on with each cell's ``count`` best restarts."""
+    return lambda run: run.keep(run.best_of(run.objective, run.restarts, count))
