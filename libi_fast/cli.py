@@ -10,7 +10,8 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from libi_fast.errors import InputError
 
 # Options that not every method has. The names are libi_fast.METHODS', written out because importing torch takes a second.
 OWN_OPTIONS = {
-    "libi": ("hz_weight", "repeats"),
+    "libi": ("hz_weight", "repeats", "step1", "step2", "mutual_information"),
     "vae": ("beta",),
     "beta-vae": ("beta",),
     "annealing": ("beta",),
@@ -26,14 +27,16 @@ OWN_OPTIONS = {
     "iwae": ("train_samples",),
 }
 PARETO_LIMIT = 0.7  # above it the weights' tail is too heavy to trust the estimate (Vehtari et al., arXiv 1507.02646)
-FIT_OPTIONS = ("epochs", "restarts", "batch_size", "learning_rate", "tolerance")
+FIT_OPTIONS = ("epochs", "restarts", "survivors", "batch_size", "learning_rate", "tolerance", "log_dir")
+LARGE_FILE = 2**30  # bytes of a .npy file that evaluate reads as it goes along
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 (bad input, or the disk refused), 130 (interrupted)."""
     try:
         options = _parser().parse_args(arguments)
-        options.run(options)
+        with _processes(options):
+            options.run(options)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
@@ -46,6 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"libi-fast: interrupted, {stop if stop.args else 'nothing was written'}", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _processes(options: argparse.Namespace) -> Iterator[None]:
+    """Where torchrun started several of this program, fit and evaluate share the rows and the first alone speaks and writes."""
+    options.first = True
+    if "TORCHELASTIC_RUN_ID" not in os.environ or options.run not in (_fit, _evaluate):
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    options.first = dist.get_rank() == 0
+    if not options.first:
+        options.quiet = True
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 # --- commands; torch is imported in them, so that --help and --version answer at once ---
@@ -91,7 +114,8 @@ def _fit(options: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{options.out} was written without an evaluation") from stop
     finally:  # whatever happens to the evaluation, the training is kept
-        runs.save(method, options.out, force=options.force, data=notes)
+        if options.first:
+            runs.save(method, options.out, force=options.force, data=notes)
     if not options.quiet:
         title = f"{type(method).__name__} on {dataset.name}: {len(dataset.test)} held-out rows"
         _print_likelihood(title, result, options, caption=f"run folder: {options.out}")
@@ -108,6 +132,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     method, columns = _load_run(options.run_folder)
     x = _read_rows(options, columns, method)
     result = _log_likelihood(method, x, options)
+    if not options.first:
+        return
     if options.per_row is not None:
         names = ["log_likelihood", "standard_error", "effective_sample_size", "pareto_k"]
         values = torch.stack([getattr(result, name).double().cpu() for name in names], 1)
@@ -193,6 +219,8 @@ def _new_method(options: argparse.Namespace, data_dim: int) -> Any:
     model = lf.LatentVariableModel(decoder, likelihood, options.latent_dim).to(dtype)
     q = lf.MeanFieldGaussian(network).to(dtype)
     settings = {name: value for name in OWN_OPTIONS[options.method] if (value := getattr(options, name)) is not None}
+    if "mutual_information" in settings:
+        settings["constraints"] = [lf.MutualInformation(at_least=settings.pop("mutual_information"))]
     if "train_samples" in settings:
         settings["num_samples"] = settings.pop("train_samples")
     return lf.METHODS[options.method](model, inference=q, **settings)
@@ -220,6 +248,8 @@ def _read_rows(options: argparse.Namespace, columns: Sequence[str], method: Any)
             x = data.load(name, options.data_seed, dtype=torch.float64)
             table = data.Table(x.test.numpy(), x.columns, named=True)
         else:
+            if _is_large(options):
+                return data.map_rows(options.data, len(columns))
             table = data.load_table(options.data, key=options.key, min_rows=1)
             if method.model.likelihood.name == "bernoulli":
                 table.check_bounds(0.0, 1.0)
@@ -227,6 +257,12 @@ def _read_rows(options: argparse.Namespace, columns: Sequence[str], method: Any)
     except InputError as error:
         known = str(error).startswith(str(options.data))
         raise InputError(str(error) if known else f"{options.data}: {error}") from error
+
+
+def _is_large(options: argparse.Namespace) -> bool:
+    """Whether a file is read block by block rather than whole (without names of columns, .npy has none)."""
+    path = Path(options.data)
+    return options.run is _evaluate and path.suffix.lower() == ".npy" and path.stat().st_size >= LARGE_FILE
 
 
 def _log_likelihood(method: Any, x: Any, options: argparse.Namespace) -> Any:
@@ -355,6 +391,7 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="trained side by side, the best on validation rows kept (default 1)",
     )
+    training.add_argument("--survivors", type=_whole(1), help="restarts that train to the end, the others drop out early")
     training.add_argument("--batch-size", type=_whole(1), help="rows a step (default: all)")
     training.add_argument("--learning-rate", type=float, default=0.01, help="Adam's (default 0.01)")
     training.add_argument("--no-early-stopping", action="store_true", help="end each phase with its last step")
@@ -362,9 +399,13 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--seed", type=_whole(0), default=0, help="of the weights and the training (default 0)")
     training.add_argument("--hz-weight", type=float, help="libi: weight of the Henze-Zirkler penalty")
     training.add_argument("--repeats", type=_whole(1), help="libi: repetitions of steps 1 to 3")
+    training.add_argument("--step1", choices=("joint", "importance", "quadrature"), help="libi: what step 1 maximises")
+    training.add_argument("--step2", choices=("elbo", "importance"), help="libi: what step 2 maximises")
+    training.add_argument("--mutual-information", type=_positive, metavar="NATS", help="libi: I(X;Z) is to be at least this")
     training.add_argument("--beta", type=float, help="beta-vae (default 4), vae, annealing, lagging (1): weight of the KL term")
     training.add_argument("--segments", type=_whole(1), help="lagging: segments in which phi alone learns first")
     training.add_argument("--train-samples", type=_whole(1), help="iwae: samples of the bound")
+    training.add_argument("--log-dir", metavar="FOLDER", help="write TensorBoard's event files there")
     _add_rows(fit)
     _add_estimate(fit)
     fit.set_defaults(run=_fit)

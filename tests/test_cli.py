@@ -291,7 +291,7 @@ def test_an_interrupted_fit_goes_on_with_resume(tmp_path, capsys, table, monkeyp
 
     def interrupted(run, progress):
         if progress.epoch == 9:
-            run.checkpoint.write(run._state(progress.state()))
+            run.checkpoint.write(run.state(progress.state()))
             raise KeyboardInterrupt
         original(run, progress)
 
@@ -535,3 +535,63 @@ def test_bad_options(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     refused(capsys, arguments, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_choices_of_libi_and_survivors_reach_the_run(tmp_path, capsys):
+    from libi_fast import cli
+
+    arguments = ["fit", "LinearJTEx", "--out", str(tmp_path / "run"), "--quiet", "--epochs", "30", "--repeats", "1"]
+    arguments += ["--restarts", "4", "--survivors", "2", "--step1", "quadrature", "--step2", "importance"]
+    arguments += ["--mutual-information", "0.5", "--log-dir", str(tmp_path / "logs"), "--num-samples", "20"]
+    assert cli.main(arguments) == 0
+    run = lf.load(tmp_path / "run")
+    assert run.settings["step1"] == "quadrature" and run.settings["step2"] == "importance"
+    assert run.settings["constraints"] == (lf.MutualInformation(at_least=0.5),)
+    assert len(run.history[-1]["objective"]) == 2
+    assert list((tmp_path / "logs").glob("events*"))
+    assert cli.main([*arguments, "--method", "vae", "--force"]) == 2
+    assert "belongs to --method libi" in capsys.readouterr().err
+
+
+def test_torchrun_fits_and_evaluates_as_one_process(tmp_path):
+    """Two processes share the rows; the first alone writes and prints."""
+    options = ["--quiet", "--epochs", "30", "--repeats", "1", "--num-samples", "20", "--dtype", "float64"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "libi_fast.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for folder, program in {"one": [sys.executable, "-m", "libi_fast.cli"], "two": torchrun}.items():
+        for command in (
+            ["fit", "LinearJTEx", "--out", str(tmp_path / folder), *options],
+            [
+                "evaluate",
+                str(tmp_path / folder),
+                "LinearJTEx",
+                "--num-samples",
+                "20",
+                "--per-row",
+                str(tmp_path / f"{folder}.csv"),
+            ],
+        ):
+            done = subprocess.run([*program, *command], env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+        assert done.stdout.count("rows with Pareto k") == 1
+    one, two = (pd.read_csv(tmp_path / f"{name}.csv").values for name in ("one", "two"))
+    assert np.allclose(one[:, 0], two[:, 0], rtol=1e-6)
+
+
+def test_a_large_npy_file_is_evaluated_block_by_block(tmp_path, monkeypatch):
+    from libi_fast import cli
+    from libi_fast.training import method
+
+    x = lf.data.LinearJTEx(seed=1).test.numpy()
+    np.save(tmp_path / "x.npy", x)
+    run = ["fit", "LinearJTEx", "--out", str(tmp_path / "run"), "--quiet", "--method", "vae", "--epochs", "5"]
+    assert cli.main([*run, "--num-samples", "10"]) == 0
+    evaluate = ["evaluate", str(tmp_path / "run"), str(tmp_path / "x.npy"), "--num-samples", "10", "--per-row"]
+    assert cli.main([*evaluate, str(tmp_path / "whole.csv")]) == 0
+    monkeypatch.setattr(cli, "LARGE_FILE", 1)
+    monkeypatch.setattr(method, "BLOCK_ROWS", 64)
+    assert cli.main([*evaluate, str(tmp_path / "blocks.csv")]) == 0
+    whole, blocks = (pd.read_csv(tmp_path / f"{name}.csv").values[:, :3] for name in ("whole", "blocks"))
+    assert np.allclose(whole, blocks, rtol=1e-4, atol=1e-5)
+    np.save(tmp_path / "x.npy", x[:, :1])
+    assert cli.main([*evaluate, str(tmp_path / "none.csv")]) == 2

@@ -131,6 +131,22 @@ def load_table(path: str | PathLike[str], *, key: str | None = None, min_rows: i
     return Table(values, columns, names is not None)
 
 
+def map_rows(path: str | PathLike[str], columns: int) -> np.ndarray:
+    """A .npy file of numbers [N, columns], memory-mapped: values are read, and looked at, as they are used.
+
+    Raises:
+        InputError: not such a file; the message names it.
+    """
+    try:
+        with _array_errors(".npy"):
+            array = _numeric(np.load(path, mmap_mode="r", allow_pickle=False))
+        if array.ndim != 2 or array.shape[1] != columns:
+            raise InputError(f"shape {array.shape}, but the model was trained on {columns} column(s)")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return array
+
+
 def save_table(path: str | PathLike[str], values: Tensor | np.ndarray, columns: Sequence[str], *, force: bool = False) -> None:
     """Writes values [N, D] with column names, in the format that the ending names (.npy keeps no names).
 

@@ -153,7 +153,7 @@ def as_rows(data: Any, like: Tensor, name: str) -> Tensor:
     if isinstance(data, np.ndarray):
         if data.dtype.kind not in "fiub":
             raise TypeError(f"{name} must hold numbers, got an array of {data.dtype}")
-        data = torch.from_numpy(np.ascontiguousarray(data))
+        data = torch.from_numpy(np.ascontiguousarray(data) if data.flags.writeable else data.copy())
     if hasattr(data, "train") and hasattr(data, "validation"):
         raise TypeError(f"{name} is a whole data set: pass its .train and .validation")
     if not isinstance(data, Tensor):

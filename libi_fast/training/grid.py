@@ -67,16 +67,17 @@ def fit_grid(methods: Sequence[Method], data: Sequence[Any], **options: Any) -> 
 
 def train_batches(batches: list[list[list[Method]]], sets: list[tuple[Any, Any]], options: FitOptions) -> None:
     """Train batch after batch: rows of methods of one program, row[k] on sets[k]."""
-    for rows in batches:  # before any training
-        rows[0][0]._check_epochs(options.epochs)
-    path, log, keepers = options.checkpoint, Log(options.log_dir), list[Checkpoint]()
+    path, log = options.checkpoint, Log(options.log_dir)
+    paths = [path if path is None or len(batches) == 1 else Path(f"{path}.{i}") for i in range(len(batches))]
+    prepared = [_Batch(rows, sets, options, own) for rows, own in zip(batches, paths, strict=True)]  # every mistake is found
     label = batches[0][0][0].label if len(batches) == 1 else f"{len(batches)} batches"
     with tqdm(total=options.epochs * len(batches), desc=label, unit="epoch", disable=not options.progress) as bar:
-        for i, rows in enumerate(batches):
-            own = path if path is None or len(batches) == 1 else Path(f"{path}.{i}")
-            keepers.append(_train_batch(rows, sets, options, own, bar, log))
-    for keeper in keepers:
-        keeper.delete()
+        for batch in prepared:
+            batch.train(bar, log)
+            if len(batches) > 1:  # what has ended is not trained again when a later batch is resumed
+                batch.keeper.write(batch.run.state())
+    for batch in prepared:
+        batch.keeper.delete()
     log.close()
 
 
@@ -98,48 +99,58 @@ def _program(method: Method) -> str:
     return repr((type(method), [account(source) for source in method._sources], fixed))
 
 
-def _train_batch(
-    rows: list[list[Method]], sets: list[tuple[Any, Any]], options: FitOptions, path: Any, bar: tqdm, log: Log
-) -> Checkpoint:
-    """Train methods of one program, rows[i][k] on sets[k]; the modules of each end up with its best restart's parameters."""
-    method, cells = rows[0][0], [m for row in rows for m in row]
-    key = as_seed(options.seed)
-    batches, held_out, standardizers = _prepared(method, sets, options, int(key))
-    method.model.check(batches.rows.flatten(0, -2))
-    method.model.likelihood.check(held_out.flatten(0, -2))
-    method._check_inference(batches.rows.flatten(0, -2)[:2])
-    method._check_batches(batches)
-    identity = {
-        "method": json.dumps([row[0].config() for row in rows], sort_keys=True, default=str), "torch": str(torch.__version__),
-        "the data": digest(batches.rows, held_out), **options.of_the_result(),
-    }  # fmt: skip
-    keeper = Checkpoint(path, options.checkpoint_seconds, identity, writes=distributed.first())
-    keeper.check(options.resume)
-    replicas = _replicas(rows, options, int(key))
-    if options.autocast is not None:
-        replicas.template.autocast = getattr(torch, options.autocast)
-    # Dropout and the like draw from torch's generator, which the seed governs within training.
-    with torch_seed(int(key)):
-        run = Run(replicas, len(cells), batches, held_out, key, options, keeper, bar, log)
-        run.go(method._stages(run, options.epochs), options.resume)
-    if path != options.checkpoint:  # batches that have ended are not trained again when a later one is resumed
-        keeper.write(run.state())
-    scores = torch.where(torch.isfinite(run.scores), run.scores, math.inf).view(len(cells), -1)
-    winners = scores.argmin(1)
-    run.note(phase="selection", objective=run.scores, restart=winners.tolist() if len(cells) > 1 else int(winners))
-    for c, cell in enumerate(cells):
-        cell.history = run.histories[c]
-        cell.history[-1]["restart"] = int(winners[c])
-        if not math.isfinite(float(scores[c].min())):
-            message = f"{cell.label}: no restart ended with a finite validation objective"
-            if len(cells) == 1:
-                raise FloatingPointError(message)
-            warnings.warn(f"{message} (cell {c})", stacklevel=2)
-            continue
-        replicas.load_into(cell.system, run.best, c * scores.shape[1] + int(winners[c]))
-        cell.standardizer, cell.columns = standardizers[c % len(sets)], options.columns
-        cell.training = options.of_the_result()
-    return keeper
+class _Batch:
+    """Methods of one program, rows[i][k] for sets[k], and their data as they see them."""
+
+    run: Run
+
+    def __init__(self, rows: list[list[Method]], sets: list[tuple[Any, Any]], options: FitOptions, path: Any):
+        self.rows, self.options, self.key = rows, options, as_seed(options.seed)
+        method = rows[0][0]
+        method._check_epochs(options.epochs)
+        self.batches, self.held_out, self.standardizers = _prepared(method, sets, options, int(self.key))
+        every = self.batches.rows.flatten(0, -2)
+        method.model.check(every)
+        method.model.likelihood.check(self.held_out.flatten(0, -2))
+        method._check_inference(every[:2])
+        method._check_batches(self.batches)
+        identity = {
+            "method": json.dumps([row[0].config() for row in rows], sort_keys=True, default=str),
+            "torch": str(torch.__version__), "the data": digest(self.batches.rows, self.held_out), **options.of_the_result(),
+        }  # fmt: skip
+        self.keeper = Checkpoint(path, options.checkpoint_seconds, identity, writes=distributed.first())
+        self.keeper.check(options.resume)
+
+    def train(self, bar: tqdm, log: Log) -> None:
+        """The modules of each method end up with its best restart's parameters."""
+        options, method = self.options, self.rows[0][0]
+        replicas = _replicas(self.rows, options, int(self.key))
+        template = replicas.template
+        template.autocast = None if options.autocast is None else getattr(torch, options.autocast)
+        # Dropout and the like draw from torch's generator, which the seed governs within training.
+        with torch_seed(int(self.key)):
+            cells = len(self.rows) * len(self.rows[0])
+            self.run = Run(replicas, cells, self.batches, self.held_out, self.key, options, self.keeper, bar, log)
+            self.run.go(method._stages(self.run, options.epochs), options.resume)
+        template.autocast = None
+        self._select()
+
+    def _select(self) -> None:
+        run, cells = self.run, [method for row in self.rows for method in row]
+        scores = torch.where(torch.isfinite(run.scores), run.scores, math.inf).view(len(cells), -1)
+        for c, cell in enumerate(cells):
+            winner = int(scores[c].argmin())
+            objective = run.scores.view(len(cells), -1)[c].tolist()
+            cell.history = [*run.histories[c], {"phase": "selection", "objective": objective, "restart": winner}]
+            if not math.isfinite(float(scores[c, winner])):
+                message = f"{cell.label}: no restart ended with a finite validation objective"
+                if len(cells) == 1:
+                    raise FloatingPointError(message)
+                warnings.warn(f"{message} (cell {c})", stacklevel=2)
+                continue
+            run.replicas.load_into(cell.system, run.best, c * scores.shape[1] + winner)
+            cell.standardizer = self.standardizers[c % len(self.standardizers)]
+            cell.columns, cell.training = self.options.columns, self.options.of_the_result()
 
 
 def _replicas(rows: list[list[Method]], options: FitOptions, seed: int) -> Replicas:

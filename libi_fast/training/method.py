@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from os import PathLike
 from typing import Any
@@ -24,7 +25,8 @@ from libi_fast.training.replicas import Replicas, System, make_system
 from libi_fast.training.run import Phase, Run, Stage, Terms, total
 from libi_fast.training.start import start_std, whiten_codes
 
-BLOCK_ROWS = 2**16  # evaluated at once
+BLOCK = 2**22  # numbers of data evaluated at once, and rows at most
+BLOCK_ROWS = 2**16
 
 
 def fit_decoder(run: Run, epochs: int) -> Phase:
@@ -231,11 +233,12 @@ class Method:
     def _blocks(self, x: Any) -> Iterator[tuple[int, Tensor]]:
         """This process's rows as (index of the first, rows as the model sees them)."""
         part = distributed.shard(len(x) if hasattr(x, "__len__") else 0)
-        if part.stop - part.start <= BLOCK_ROWS and not distributed.active():
+        size = max(1, min(BLOCK_ROWS, BLOCK // max(1, math.prod(getattr(x, "shape", (0,))[1:]))))
+        if part.stop - part.start <= size and not distributed.active():
             yield 0, self._rows(x)
             return
-        for start in range(part.start, part.stop, BLOCK_ROWS):
-            yield start, self._rows(x[start : min(start + BLOCK_ROWS, part.stop)], start)
+        for start in range(part.start, part.stop, size):
+            yield start, self._rows(x[start : min(start + size, part.stop)], start)
             forget_pages(x)
 
     def _posterior(self, rows: Tensor) -> MeanField:

@@ -1,0 +1,46 @@
+"""The smooth k-NN statistic between p(x) and models of LinearJTEx, as the paper takes it, and what 20,000 repetitions take."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+import libi_fast as lf
+from benchmarks.accuracy import LINEAR, mean_and_error
+from libi_fast.ops.random import Stream
+
+SEEDS = range(10, 15)
+REPETITIONS, POINTS = 20_000, 100
+KS = (1, 10)
+
+
+def statistic(truth: Any, model: Any, k: int) -> float:
+    """The mean over repetitions, each with fresh draws of both."""
+    a = truth.sample(REPETITIONS * POINTS, seed=1).float().unflatten(0, (REPETITIONS, POINTS))
+    if model is None:
+        b = truth.sample(REPETITIONS * POINTS, seed=2).float()
+    else:
+        b = model.sample(REPETITIONS * POINTS, seed=2)
+    return lf.smooth_knn(a, b.unflatten(0, (REPETITIONS, POINTS)), k=k).mean().item()
+
+
+def run(progress: bool = True) -> dict[str, Any]:
+    sets = [lf.data.load("LinearJTEx", seed=s) for s in SEEDS]
+    results: dict[str, Any] = {}
+    for label, (method, settings, epochs, restarts) in LINEAR["LinearJTEx"].items():
+        template = method(sets[0].model(), sets[0].inference(), **settings)
+        (row,) = lf.fit_grid([template], sets, epochs=epochs, restarts=restarts, progress=progress)
+        results[label] = {
+            f"k = {k}, alpha = 1": mean_and_error([statistic(d.truth, m.model, k) for d, m in zip(sets, row, strict=True)])
+            for k in KS
+        }
+    results["two samples of p(x)"] = {f"k = {k}, alpha = 1": statistic(sets[0].truth, None, k) for k in KS}
+    a, b = (lf.philox_normal(s, REPETITIONS, 2 * POINTS, stream=Stream.DATA).unflatten(1, (POINTS, 2)) for s in (1, 2))
+    seconds = {}
+    for k in KS:
+        start = time.perf_counter()
+        lf.smooth_knn(a, b, k=k)
+        seconds[f"k = {k}"] = time.perf_counter() - start
+    return {**results, "repetitions": REPETITIONS, "seconds for them, reference": seconds, "threads": torch.get_num_threads()}
