@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import accuracy, exact_likelihood, henze_zirkler, log_mean_exp, report
+from benchmarks import accuracy, exact_likelihood, henze_zirkler, log_mean_exp, nonlinear, report, robustness, smooth_knn
 
 WHAT = {
     "log_mean_exp": log_mean_exp.run,
@@ -13,6 +13,9 @@ WHAT = {
     "linear_jtex": lambda: accuracy.linear("LinearJTEx"),
     "gaussian": lambda: accuracy.linear("Gaussian"),
     "exact_likelihood": exact_likelihood.run,
+    "nonlinear": nonlinear.run,
+    "smooth_knn": smooth_knn.run,
+    "robustness": robustness.run,
     "digits": accuracy.digits,
 }
 

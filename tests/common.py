@@ -50,13 +50,12 @@ def check_same_bits_for_instruction_set(isa: str, module: str, digest: Callable[
     assert found == digest()
 
 
-def in_two_processes(function, *arguments, rows=None, world=None):
-    """What ``function(rank, *arguments, port, [rows or world,] result)`` puts into result."""
+def in_two_processes(function, *arguments):
+    """What ``function(rank, world, port, result, *arguments)`` puts into the list ``result`` in two processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with torch.multiprocessing.Manager() as manager:
         shared = manager.list()
-        extra = tuple(e for e in (rows, world) if e is not None)
-        torch.multiprocessing.spawn(function, (*arguments, port, *extra, shared), nprocs=2)
+        torch.multiprocessing.spawn(function, (2, port, shared, *arguments), nprocs=2)
         return list(shared)

@@ -258,7 +258,7 @@ def test_the_arguments_of_fit_and_of_its_options_are_the_same():
     }
 
 
-def _grid(rank, port, world, result):
+def _grid(rank, world, port, result):
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     torch.set_num_threads(1)
@@ -270,8 +270,8 @@ def _grid(rank, port, world, result):
 
 def test_two_processes_train_a_grid_as_one():
     alone: list = []
-    _grid(0, 0, 1, alone)
-    together = in_two_processes(_grid, world=2)
+    _grid(0, 1, 0, alone)
+    together = in_two_processes(_grid)
     assert together[0][1] == together[1][1], "the processes agree to the bit"
     for one, two in zip(alone[0][1], together[0][1], strict=True):
         assert np.allclose(one, two, rtol=1e-5, atol=1e-8)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import libi_fast as lf
 from libi_fast.kernels.importance.reference import LOG_2PI
+from libi_fast.ops.random import as_seed
 from libi_fast.training import distributed
 from libi_fast.training.constraints import moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
@@ -492,15 +493,30 @@ def test_schedule_decays_over_the_second_half_or_once_converged():
 # --- several processes ---
 
 
-def _gradient(rank, world, port, rows, result):
+class Spread(lf.Constraint):
+    """Depends on the rows, the codes and the decoder, all of them of the whole batch."""
+
+    name = "spread"
+
+    def violation(self, step):
+        assert step.x.shape == (50, 3) and step.z.shape[1] == 50
+        return (step.log_prob(step.x, step.z).std(-1) + step.z.amax((-1, -2))) / 100
+
+
+def _gradient(rank, world, port, result, rows, hz_method):
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     torch.set_num_threads(1)
     model, inference = small_system()
-    libi = lf.LiBI(model, inference)
+    libi = lf.LiBI(model, inference, hz_method=hz_method, constraints=[Spread(), lf.MutualInformation(at_least=9.0)])
     replicas = replicas_of(model, inference, 2)
+
+    class Stub:
+        seed = as_seed(1)
+
+    Stub.replicas = replicas
     start, stop = (0, 50) if world == 1 else ((0, 20), (20, 50))[rank]  # unequal shards
-    terms = libi.step1_terms(replicas, Rows.own(rows[start:stop]))
+    terms = libi._joint(Stub, Rows.own(rows[start:stop]), 3)
     torch.stack(list(terms.values())).sum().backward()
     parameters = replicas.group("")
     for p in parameters:
@@ -513,18 +529,19 @@ def _gradient(rank, world, port, rows, result):
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_give_the_gradient_of_one():
+@pytest.mark.parametrize("hz_method", ["exact", "random"])
+def test_two_processes_give_the_gradient_of_one(hz_method):
     rows = torch.randn(50, 3, dtype=torch.float64)
     alone: list = []
-    _gradient(0, 1, 0, rows, alone)
-    together = in_two_processes(_gradient, 2, rows=rows)
+    _gradient(0, 1, 0, alone, rows, hz_method)
+    together = in_two_processes(_gradient, rows, hz_method)
     assert any(np.abs(a).max() > 0 for a in map(np.array, alone))
     for one, two in zip(alone, together, strict=True):
         scale = np.abs(one).max()
         assert np.abs(np.array(one) - np.array(two)).max() <= 1e-6 * scale
 
 
-def _fit(rank, name, port, world, result):
+def _fit(rank, world, port, result, name):
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     torch.set_num_threads(1)
@@ -542,8 +559,8 @@ def _fit(rank, name, port, world, result):
 @pytest.mark.parametrize("name", ["libi", "vae", "iwae"])
 def test_two_processes_fit_and_evaluate_as_one(name):
     alone: list = []
-    _fit(0, name, 0, 1, alone)
-    together = in_two_processes(_fit, name, world=2)
+    _fit(0, 1, 0, alone, name)
+    together = in_two_processes(_fit, name)
     assert sorted(rank for rank, *_ in together) == [0, 1]
     (_, parameters, likelihood, history), *_ = alone
     assert together[0][1:] == together[1][1:], "the processes agree to the bit"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from libi_fast.errors import InputError
 from libi_fast.ops.henze_zirkler import METHODS, henze_zirkler_statistic
+from libi_fast.training import distributed
 from libi_fast.training.batches import Batches
 from libi_fast.training.constraints import Constraint, Step1, moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
@@ -124,17 +125,22 @@ class LiBI(Method):
 
     # --- step 1 ---
 
-    def step1_terms(self, replicas: Replicas, rows: Rows) -> Terms:
+    def step1_terms(self, replicas: Replicas, rows: Rows, step: int = 0) -> Terms:
         """The terms of step 1's objective as published on rows of x, each [R]: this process's shares."""
         z = replicas.codes(rows.values)
-        return {"reconstruction": -rows.mean(replicas.log_prob(rows.values, z)), **self._code_terms(replicas, rows, z)}
+        return {"reconstruction": -rows.mean(replicas.log_prob(rows.values, z)), **self._code_terms(replicas, rows, z, step)}
 
-    def _code_terms(self, replicas: Replicas, rows: Rows, z: Tensor) -> Terms:
+    def _code_terms(self, replicas: Replicas, rows: Rows, z: Tensor, step: int) -> Terms:
         """The penalties that keep codes z [R, n, L] of these rows to the prior."""
         hz_weight, covariance_tolerance, mean_tolerance = (self.weight(name, replicas) for name in self.weights)
         every = rows.gather(z)
         off_mean, off_covariance = moment_errors(every)
-        statistic = henze_zirkler_statistic(every, method=self.settings["hz_method"], beta=self.settings["hz_beta"])
+        # Frequencies and directions are new in every step: codes would fit a fixed few of them.
+        form = {"method": self.settings["hz_method"], "beta": self.settings["hz_beta"], "seed": step}
+        if rows.spread and form["method"] == "random":
+            statistic = henze_zirkler_statistic(z, reduce=distributed.sum_over_processes, **form)
+        else:
+            statistic = henze_zirkler_statistic(every, **form)
         return {
             "henze_zirkler": rows.share(hz_weight * safe_exp(statistic)),
             "covariance": rows.share(safe_exp(off_covariance / covariance_tolerance)),
@@ -151,7 +157,7 @@ class LiBI(Method):
         return terms
 
     def _joint(self, run: Run, rows: Rows, step: int) -> Terms:
-        terms = self.step1_terms(run.replicas, rows)
+        terms = self.step1_terms(run.replicas, rows, step)
         if self.settings["constraints"]:
             terms |= self._constraint_terms(run, rows, run.replicas.codes(rows.values), step)
         return terms
@@ -161,7 +167,7 @@ class LiBI(Method):
         terms = importance_terms(run, rows, samples, "doubly-reparameterized", step)
         q = run.replicas.posterior(rows.values)
         z = q.mean + q.log_std.exp() * run.noise(rows, 1, step)()[:, :, 0]
-        return {**terms, **self._code_terms(run.replicas, rows, z), **self._constraint_terms(run, rows, z, step)}
+        return {**terms, **self._code_terms(run.replicas, rows, z, step), **self._constraint_terms(run, rows, z, step)}
 
     def _quadrature(self, run: Run, rows: Rows, step: int) -> Terms:
         replicas = run.replicas
