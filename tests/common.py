@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import subprocess
@@ -50,8 +51,33 @@ def check_same_bits_for_instruction_set(isa: str, module: str, digest: Callable[
     assert found == digest()
 
 
+def of_processes(function):
+    """Makes of ``function(rank, world, result, *arguments)`` one that joins the other processes and leaves them."""
+
+    @functools.wraps(function)
+    def joined(rank, world, port, result, *arguments):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        if world > 1:
+            torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        function(rank, world, result, *arguments)
+        if world > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        torch.set_num_threads(threads)
+
+    return joined
+
+
+def in_one_process(function, *arguments):
+    """What ``function``, one that ``of_processes`` made, puts into the list ``result``."""
+    result = []
+    function(0, 1, 0, result, *arguments)
+    return result
+
+
 def in_two_processes(function, *arguments):
-    """What ``function(rank, world, port, result, *arguments)`` puts into the list ``result`` in two processes."""
+    """As ``in_one_process``, from two."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

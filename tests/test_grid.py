@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from common import in_two_processes
+from common import in_one_process, in_two_processes, of_processes
 from torch import nn
 
 import libi_fast as lf
@@ -258,19 +258,14 @@ def test_the_arguments_of_fit_and_of_its_options_are_the_same():
     }
 
 
-def _grid(rank, world, port, result):
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+@of_processes
+def _grid(rank, world, result):
     fitted = lf.fit_grid([METHODS["libi"][0], METHODS["vae"][0]], SETS, **OPTIONS, survivors=2)
     result.append((rank, [state_of(m).tolist() for row in fitted for m in row]))
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_a_grid_as_one():
-    alone: list = []
-    _grid(0, 1, 0, alone)
+    alone = in_one_process(_grid)
     together = in_two_processes(_grid)
     assert together[0][1] == together[1][1], "the processes agree to the bit"
     for one, two in zip(alone[0][1], together[0][1], strict=True):

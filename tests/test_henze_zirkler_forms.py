@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from common import points
+from common import in_one_process, in_two_processes, of_processes, points
 from scipy import stats
 from torch import Tensor
 
@@ -320,10 +319,8 @@ def test_sliced_has_a_gradient_in_64_dimensions() -> None:
 # --- several processes ---
 
 
-def _spread(rank: int, world: int, port: int, z: Tensor, result: Any) -> None:
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+@of_processes
+def _spread(rank: int, world: int, result: Any, z: Tensor) -> None:
     start, stop = (0, 50) if world == 1 else ((0, 17), (17, 50))[rank]  # unequal shards
     leaf = z[:, start:stop].clone().requires_grad_()
     rows = distributed.Rows.own(leaf)
@@ -334,23 +331,14 @@ def _spread(rank: int, world: int, port: int, z: Tensor, result: Any) -> None:
     objective.backward()
     value = distributed.total(objective.detach())
     result.append((rank, found.statistic.tolist(), found.p_value.tolist(), float(value), leaf.grad.tolist()))
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_the_statistic_and_gradient_of_one() -> None:
     z = points(2 * 50, 3, "skewed").reshape(2, 50, 3) * 0.5
-    alone: list[Any] = []
-    _spread(0, 1, 0, z, alone)
+    alone = in_one_process(_spread, z)
     plain = lf.henze_zirkler(z, method="random", num_frequencies=64)
     assert np.allclose(alone[0][1], plain.statistic.tolist(), rtol=1e-12)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with torch.multiprocessing.Manager() as manager:
-        shared = manager.list()
-        torch.multiprocessing.spawn(_spread, (2, port, z, shared), nprocs=2)
-        together = sorted(shared)
+    together = sorted(in_two_processes(_spread, z))
     assert together[0][1:4] == together[1][1:4], "the processes agree to the bit"
     for found, expected in zip(together[0][1:4], alone[0][1:4], strict=True):
         assert np.allclose(found, expected, rtol=1e-9)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import in_two_processes
+from common import in_one_process, in_two_processes, of_processes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -503,10 +503,8 @@ class Spread(lf.Constraint):
         return (step.log_prob(step.x, step.z).std(-1) + step.z.amax((-1, -2))) / 100
 
 
-def _gradient(rank, world, port, result, rows, hz_method):
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+@of_processes
+def _gradient(rank, world, result, rows, hz_method):
     model, inference = small_system()
     libi = lf.LiBI(model, inference, hz_method=hz_method, constraints=[Spread(), lf.MutualInformation(at_least=9.0)])
     replicas = replicas_of(model, inference, 2)
@@ -525,15 +523,12 @@ def _gradient(rank, world, port, result, rows, hz_method):
     distributed.sum_gradients(parameters)
     if rank == 0:
         result.extend([p.grad.tolist() for p in parameters])
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("hz_method", ["exact", "random"])
 def test_two_processes_give_the_gradient_of_one(hz_method):
     rows = torch.randn(50, 3, dtype=torch.float64)
-    alone: list = []
-    _gradient(0, 1, 0, alone, rows, hz_method)
+    alone = in_one_process(_gradient, rows, hz_method)
     together = in_two_processes(_gradient, rows, hz_method)
     assert any(np.abs(a).max() > 0 for a in map(np.array, alone))
     for one, two in zip(alone, together, strict=True):
@@ -541,10 +536,8 @@ def test_two_processes_give_the_gradient_of_one(hz_method):
         assert np.abs(np.array(one) - np.array(two)).max() <= 1e-6 * scale
 
 
-def _fit(rank, world, port, result, name):
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+@of_processes
+def _fit(rank, world, result, name):
     d = lf.data.LinearJTEx(seed=3, train=75, validation=40, test=31, dtype=torch.float64)
     model, inference = small_system(columns=2)
     method = {"libi": lf.LiBI, "vae": lf.VAE, "iwae": lf.IWAE}[name](model, inference)
@@ -552,14 +545,11 @@ def _fit(rank, world, port, result, name):
     method.fit(d.train, d.validation, epochs=66, restarts=2, batch_size=batch_size, progress=False)
     likelihood = method.log_likelihood(d.test, num_samples=64)
     result.append((rank, [p.tolist() for p in method.state().values()], likelihood.log_likelihood.tolist(), method.history))
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["libi", "vae", "iwae"])
 def test_two_processes_fit_and_evaluate_as_one(name):
-    alone: list = []
-    _fit(0, 1, 0, alone, name)
+    alone = in_one_process(_fit, name)
     together = in_two_processes(_fit, name)
     assert sorted(rank for rank, *_ in together) == [0, 1]
     (_, parameters, likelihood, history), *_ = alone
