@@ -186,7 +186,7 @@ def _checkpoint(options: argparse.Namespace) -> Path:
     if file.exists() and not options.resume:
         if not options.force:
             raise InputError(f"{file} holds a fit that was interrupted: go on with --resume, or begin anew with --force")
-        file.unlink()
+        file.unlink(missing_ok=True)
     return file
 
 

@@ -219,8 +219,7 @@ def test_built_in_constraints_are_saved_and_loaded(tmp_path):
         warnings.simplefilter("error")
         again = lf.load(tmp_path / "run")
     assert {**again.settings, "constraints": tuple(again.settings["constraints"])} == libi.settings
-    with pytest.raises(lf.InputError, match="not libi_fast's own"):
-        constraint_from_config({"custom": "Small"})
+    assert constraint_from_config({"custom": "Small"}) is None
 
 
 def test_the_penalty_is_exp_of_the_violation_over_its_tolerance():
@@ -239,8 +238,10 @@ def test_the_penalty_is_exp_of_the_violation_over_its_tolerance():
         pass
 
     Run.replicas, Run.seed = replicas, as_seed(1)
-    terms = libi._constraint_terms(Run, rows, replicas.codes(rows.values), 0)
-    assert terms["fixed"].tolist() == pytest.approx([math.exp(1.4)] * 2)
+    taken = {"fixed": torch.zeros(2)}
+    terms = libi._constrained(taken, Run, rows, replicas.codes(rows.values), 0)
+    assert terms["fixed"] is taken["fixed"], "a term of that name is not replaced"
+    assert terms["fixed 0"].tolist() == pytest.approx([math.exp(1.4)] * 2)
     assert float(safe_exp(torch.tensor(1.4))) == pytest.approx(math.exp(1.4))
 
 
@@ -267,6 +268,8 @@ def test_a_constraints_draws_are_new_in_every_step_and_those_of_a_restart_alone(
         (lf.InputError, "tolerance", lambda: lf.MutualInformation(at_least=1.0, tolerance=-1.0)),
         (lf.InputError, "2 points", lambda: lf.MutualInformation(at_least=1.0, num_points=1)),
         (TypeError, "lf.Constraint objects, got int", lambda: lf.LiBI(*fixed_noise(), constraints=[3])),
+        (TypeError, "must be a list", lambda: lf.LiBI(*fixed_noise(), constraints=lf.MutualInformation(at_least=1.0))),
+        (lf.InputError, "Rewarding.tolerance must be positive", lambda: lf.LiBI(*fixed_noise(), constraints=[Rewarding()])),
         (lf.InputError, "step1 must be one of", lambda: lf.LiBI(*fixed_noise(), step1="exact")),
         (lf.InputError, "step2 must be one of", lambda: lf.LiBI(*fixed_noise(), step2="mcmc")),
         (lf.InputError, "hz_method must be one of", lambda: lf.LiBI(*fixed_noise(), hz_method="fast")),
@@ -283,6 +286,36 @@ def test_a_constraints_draws_are_new_in_every_step_and_those_of_a_restart_alone(
 def test_bad_choices_are_named(error, message, make):
     with pytest.raises(error, match=message):
         make()
+
+
+class Rewarding(lf.Constraint):
+    tolerance = -1.0
+
+
+@pytest.mark.parametrize("violation", [lambda s: s.z.sum(), lambda s: s.z.sum(-1), lambda s: 3.0])
+def test_a_violation_of_another_shape_is_named(violation):
+    class Odd(lf.Constraint):
+        pass
+
+    Odd.violation = lambda self, step: violation(step)
+    with pytest.raises(lf.InputError, match=r"Odd.violation must be \[R\] = \(8,\), got"):
+        lf.LiBI(*fixed_noise(), repeats=1, constraints=[Odd()]).fit(
+            torch.randn(30, 1).double(), epochs=12, restarts=2, progress=False
+        )
+
+
+def test_a_resumed_run_knows_a_changed_constraint_of_a_users_own():
+    assert Small().config() == Small().config() != Small(bound=0.3).config()
+
+
+def test_a_decoder_without_a_jacobian_is_named():
+    class Branching(nn.Linear):
+        def forward(self, z):
+            return super().forward(z) if bool(z.sum() == z.sum()) else z
+
+    model = lf.LatentVariableModel(Branching(2, 3), lf.Gaussian(1.0), 2)
+    with pytest.raises(lf.InputError, match="decoder's Jacobian"):
+        lf.mutual_information(model)
 
 
 # --- Laplace's approximation and local quadrature ---

@@ -111,11 +111,8 @@ def test_blocks_move_no_bit(name, kind, monkeypatch):
     split = lf.fit_grid(methods, data, memory=1, **options)
     assert max(blocks) >= 3
     for one, two in zip(whole[0], split[0], strict=True):
-        if kind is lf.IWAE:  # its rows and samples are taken in tiles whose sizes depend on the number of replicas
-            assert torch.allclose(state_of(one), state_of(two), rtol=1e-4, atol=1e-5)
-        else:
-            assert torch.equal(state_of(one), state_of(two))
-            assert repr(one.history) == repr(two.history)
+        assert torch.equal(state_of(one), state_of(two))
+        assert repr(one.history) == repr(two.history)
 
 
 def test_a_survivor_is_what_it_had_been_among_all():
@@ -224,6 +221,36 @@ def test_a_cell_that_is_lost_is_named_and_the_others_are_kept():
     assert torch.isfinite(row[1].log_likelihood(good, num_samples=10).log_likelihood).all()
 
 
+def test_a_batch_that_is_lost_is_named_and_the_others_are_kept():
+    class Nowhere(nn.Linear):
+        def forward(self, z):
+            return super().forward(z) * float("nan")
+
+    lost = lf.VAE(lf.LatentVariableModel(Nowhere(2, 2).double(), lf.Gaussian(1.0), 2), parts()[1])
+    with pytest.warns(UserWarning, match="none of 4 is left; the grid's other batches go on"):
+        grid = lf.fit_grid([METHODS["vae"][0], lost, METHODS["iwae"][0]], SETS, epochs=5, restarts=2, progress=False)
+    assert [bool(row[0].training) for row in grid] == [True, False, True]
+
+
+def test_frozen_modules_stay_frozen_beside_others():
+    decoder = lf.mlp(2, [6], 2).double().requires_grad_(False)
+    frozen = lf.VAE(lf.LatentVariableModel(decoder, lf.Gaussian(0.01), 2), parts()[1], beta=2.0)
+    grid = lf.fit_grid([METHODS["vae"][0], frozen], SETS, epochs=6, restarts=1, progress=False)
+    alone = copy.deepcopy(frozen).fit(SETS[0].train, SETS[0].validation, epochs=6, restarts=1, progress=False)
+    assert torch.allclose(state_of(alone), state_of(grid[1][0]), rtol=1e-9)
+
+
+def test_the_selection_names_the_restarts_that_were_left():
+    method = lf.LiBI(*parts(), repeats=1)
+    method.fit(SETS[0].train, SETS[0].validation, **{**OPTIONS, "restarts": 8}, survivors=2)
+    selection = method.history[-1]
+    assert len(selection["restarts"]) == 2 and all(0 <= r < 8 for r in selection["restarts"])
+    assert selection["restarts"] == sorted(selection["restarts"])
+    records = [h for h in method.history if h["phase"] == "step 1"]
+    left = (~np.isnan(records[-1]["reconstruction"])).nonzero()[0].tolist()
+    assert left == selection["restarts"]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -237,6 +264,15 @@ def test_a_cell_that_is_lost_is_named_and_the_others_are_kept():
         ({"survivors": 0}, lf.InputError, "survivors must be at least 1"),
         ({"memory": 0}, lf.InputError, "memory"),
         ({"autocast": "int8"}, lf.InputError, "autocast"),
+        ({"autocast": "bfloat16"}, lf.InputError, "autocast is for float32 models, and this one is torch.float64"),
+        ({"epochs": 1.5}, TypeError, "epochs must be an integer, got float"),
+        ({"restarts": True}, TypeError, "restarts must be an integer, got bool"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an integer"),
+        ({"resume": True}, lf.InputError, "name its file"),
+        ({"checkpoint_seconds": float("nan")}, lf.InputError, "checkpoint_seconds"),
+        ({"log_dir": __file__}, lf.InputError, "is not a folder"),
+        ({"methods": ["vae"]}, TypeError, "methods must hold"),
+        ({"data": SETS[0]}, TypeError, "must be lists"),
         ({"nonsense": 1}, TypeError, "nonsense"),
     ],
 )
@@ -316,6 +352,41 @@ def test_scalars_for_tensorboard(tmp_path):
     lowest = [min(r + k for r, k in zip(h["reconstruction"], h["kl"], strict=True)) for h in records]
     assert [s.value for s in logged] == pytest.approx(lowest, rel=1e-6)
     assert [s.step for s in logged] == [20 + h["epoch"] for h in records]
+
+
+def test_batches_of_a_grid_have_tags_of_their_own(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    methods = [METHODS["vae"][0], METHODS["vae"][1], METHODS["iwae"][0]]
+    lf.fit_grid(methods, SETS, epochs=4, log_dir=tmp_path, progress=False)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"batch 0/elbo/kl/{cell}" for cell in range(4)} <= tags and "batch 1/bound/bound/1" in tags
+
+
+def test_memory_is_planned_for_every_code_of_a_row(monkeypatch):
+    blocks, seen = {}, []
+    original = Run.__init__
+
+    def look(self, *arguments, **options):
+        original(self, *arguments, **options)
+        seen.append(self.block)
+
+    monkeypatch.setattr(Run, "__init__", look)
+    data = lf.data.Mobius(seed=1)
+    libi = {
+        "joint": {},
+        "quadrature": {"step1": "quadrature"},
+        "informed": {"constraints": [lf.MutualInformation(at_least=1.0)]},
+    }
+    methods = {k: lf.LiBI(data.model(), data.inference(), repeats=1, candidates=1, **s) for k, s in libi.items()}
+    methods |= {f"vae {n}": lf.VAE(data.model(), data.inference(), num_samples=n) for n in (1, 64)}
+    for name, method in methods.items():
+        method.fit(data.train[:50], data.validation[:20], epochs=3, memory=2**30, progress=False)
+        blocks[name] = seen[-1]
+    assert blocks["joint"] > 20 * blocks["quadrature"] and blocks["joint"] > 2 * blocks["informed"]
+    assert blocks["vae 1"] > 10 * blocks["vae 64"]
 
 
 def test_a_memory_mapped_array_trains_as_the_tensor(tmp_path):

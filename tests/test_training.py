@@ -297,6 +297,28 @@ def test_annealing_raises_beta_from_0_to_its_value_whatever_the_batches():
         assert kl[len(kl) // 2] / plain == pytest.approx(1.0, rel=0.05)
 
 
+def test_tolerance_ends_no_phase_that_must_go_its_way():
+    """Annealing's objective rises with beta, and candidates are compared after as many epochs each."""
+    x = torch.randn(60, 3)
+    annealed = lf.VAE(*small_system(torch.float32), anneal=True)
+    annealed.fit(x, epochs=400, tolerance=10.0, patience=5, progress=False)
+    last = {h["phase"]: h["epoch"] for h in annealed.history if "epoch" in h}
+    assert last["annealing"] == 199 and last["elbo"] < 100
+    libi = lf.LiBI(*small_system(torch.float32), repeats=1, warm_up=30)
+    libi.fit(x, epochs=400, tolerance=10.0, patience=5, progress=False)
+    assert {h["phase"]: h["epoch"] for h in libi.history if "epoch" in h}["candidates"] == 29
+
+
+def test_training_goes_on_from_a_fit_with_an_encoder_of_its_own():
+    x = torch.randn(60, 3)
+    libi = lf.LiBI(*small_system(torch.float32), encoder=lf.mlp(3, [5], 2), repeats=1)
+    libi.fit(x, epochs=30, progress=False)
+    before = libi.codes(x)
+    assert torch.equal(libi.system.codes(x), before)
+    libi.fit(x, epochs=30, learning_rate=1e-9, warm_start=True, progress=False)
+    assert torch.allclose(libi.codes(x), before, atol=1e-5)
+
+
 def test_lagging_lets_the_inference_network_catch_up_in_every_segment():
     x = torch.randn(60, 3)
     method = lf.LaggingVAE(*small_system(torch.float32), segments=4)
@@ -329,6 +351,8 @@ def test_lagging_lets_the_inference_network_catch_up_in_every_segment():
     assert rates[:4] == [1.0] * 4 and rates[4] == 1.0 and rates[6] == pytest.approx(0.5)
     with pytest.raises(lf.InputError, match="at least 8 epochs"):
         method.fit(x, epochs=7, progress=False)
+    most = lf.LaggingVAE(*small_system(torch.float32), segments=3, inference_share=0.99).fit(x, epochs=6, progress=False)
+    assert {h["phase"] for h in most.history} >= {"inference network", "elbo"}, "theta learns in every segment"
 
 
 @pytest.mark.parametrize("bad", [{"segments": 0}, {"inference_share": 1.0}, {"beta": 0.0}, {"num_samples": 0}])
@@ -560,6 +584,28 @@ def test_two_processes_fit_and_evaluate_as_one(name):
     assert [h["phase"] for h in history] == [h["phase"] for h in together[0][3]]
 
 
+@of_processes
+def _loaded(rank, world, result, kind):
+    d = lf.data.LinearJTEx(seed=3, train=60, validation=40, test=10, dtype=torch.float64)
+    rows, options = TensorDataset(d.train), {"batch_size": 20} if kind == "dataset" else {}
+    if kind == "loader":  # each process has every second row, in order
+        own = d.train[rank::world] if world > 1 else torch.cat([d.train[0::2], d.train[1::2]])
+        rows = DataLoader(TensorDataset(own), len(own))
+    method = lf.LiBI(*small_system(columns=2), repeats=1)
+    method.fit(rows, epochs=30, restarts=2, standardize=True, progress=False, **options)
+    result.append((rank, [p.tolist() for p in method.state().values()], method.standardizer.mean.tolist()))
+
+
+@pytest.mark.parametrize("kind", ["dataset", "loader"])
+def test_loaders_in_two_processes_train_one_model(kind):
+    alone = in_one_process(_loaded, kind)
+    together = in_two_processes(_loaded, kind)
+    assert together[0][1:] == together[1][1:], "the processes agree to the bit"
+    assert np.allclose(alone[0][2], together[0][2], rtol=1e-9)
+    for one, two in zip(alone[0][1], together[0][1], strict=True):
+        assert np.allclose(one, two, rtol=1e-6, atol=1e-8)
+
+
 # --- what training reaches (short; the full figures are in benchmarks/results) ---
 
 
@@ -574,6 +620,8 @@ def test_committed_results_meet_the_targets():
     assert read("linear_jtex")["VAE"]["population LL"]["mean"] == pytest.approx(-3.133, abs=0.02)
     assert read("gaussian")["LiBI"][gap]["mean"] >= -0.02
     assert read("digits")["LiBI"]["above FactorAnalysis(8)"] >= 10
+    assert read("nonlinear")["Mobius"][gap]["mean"] >= -0.09
+    assert read("nonlinear")["CubicJTEx"][gap]["mean"] >= -0.12
 
 
 def linear_jtex(method, epochs, **settings):

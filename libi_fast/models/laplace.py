@@ -10,7 +10,7 @@ Everything here is for one model under ``torch.vmap``, too.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from libi_fast.ops.log_mean_exp import log_mean_exp
 from libi_fast.ops.random import Stream, philox_normal, philox_uniform
 
 WIDER = 1.5  # a proposal's variance over Laplace's: weights of a posterior that is nearly Gaussian stay bounded
-SPACING, REACH = 0.75, 4.5  # of the nodes of local quadrature, in standard deviations
+SPACING, NODES = 0.75, 13  # of local quadrature along each axis: how far apart, in standard deviations, and how many
 ROUNDS = 2  # of moving the nodes to the posterior's own mean and covariance
 
 
@@ -29,7 +29,11 @@ ROUNDS = 2  # of moving the nodes to the posterior's own mean and covariance
 def laplace(model: LatentVariableModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [n, L] of Laplace's approximation to p(z | x) and a square root of its covariance [n, L, L], from codes z near its
     mode; not differentiated."""
-    jacobian = torch.vmap(torch.func.jacfwd(lambda one: model.decode(one[None])[0]))(z).double()
+    try:
+        jacobian = torch.vmap(torch.func.jacfwd(lambda one: model.decode(one[None])[0]))(z).double()
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the decoder's Jacobian is needed, but torch.func cannot take it: {reason}") from error
     output = model.decode(z)
     # In float64: narrow posteriors have precisions of 1e7 in one direction and 1 in another.
     information, score = model.likelihood.information(output).double(), model.likelihood.score(x, output).double()
@@ -107,7 +111,7 @@ def mutual_information(
     if num_points < 2 or num_samples < 1:
         raise InputError(f"at least 2 points and 1 sample are needed, got {num_points} and {num_samples}")
     latent_dim = model.latent_dim
-    like = {"stream": Stream.CONSTRAINTS, "dtype": model.dtype, "device": model.device}
+    like: dict[str, Any] = {"stream": Stream.CONSTRAINTS, "dtype": model.dtype, "device": model.device}
     with evaluation_mode(model):
         width = model.decode(torch.zeros(1, latent_dim, dtype=model.dtype, device=model.device)).shape[-1]
         draws = philox_normal(seed, num_points, latent_dim * (1 + num_samples), **like)
@@ -132,8 +136,7 @@ def local_log_likelihood(model: LatentVariableModel, x: Tensor, z: Tensor) -> Te
     the nodes before; they are not differentiated. Mass elsewhere is not seen: :func:`quadrature_log_likelihood` finds it.
     """
     latent_dim = z.shape[-1]
-    count = 2 * round(REACH / SPACING) + 1
-    axis = torch.linspace(-REACH, REACH, count, dtype=z.dtype, device=z.device)
+    axis = SPACING * (torch.arange(NODES, dtype=z.dtype, device=z.device) - NODES // 2)
     nodes = torch.cartesian_prod(*[axis] * latent_dim).view(-1, latent_dim)
     with torch.no_grad():
         mean = z

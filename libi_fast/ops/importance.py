@@ -450,10 +450,11 @@ def importance_layers(
 
 def importance_streamed(
     x: Tensor, mean: Tensor, log_scale: Tensor, log_prob: LogProb, parameters: Sequence[Tensor], seed: Tensor,
-    replicas: Tensor, settings: Settings, widest: int, chunk_size: int | None = None,
+    replicas: Tensor, settings: Settings, widest: int, chunk_size: int | None = None, most_replicas: int | None = None,
 ) -> Estimate:  # fmt: skip
-    """Any conditional density. ``widest`` (values a sample needs at once) sets the tile; ``chunk_size`` samples override it."""
-    budget = max(1, reference.TILE_VALUES // (widest * mean.shape[0]))
+    """Any conditional density. ``widest`` (values a sample needs at once) sets the tile; ``chunk_size`` samples override it.
+    Past ``most_replicas`` the tile does not shrink, so that their number moves no bit."""
+    budget = max(1, reference.TILE_VALUES // (widest * min(mean.shape[0], most_replicas or mean.shape[0])))
     row_step = max(1, min(mean.shape[1], budget))
     sample_step = min(settings.num_samples, chunk_size or max(1, budget // row_step))
     if torch.compiler.is_compiling():

@@ -64,10 +64,11 @@ def from_config(
     inference = MeanFieldGaussian(module(config["inference"], network, "network"))
     settings = dict(config["settings"])
     if "constraints" in settings:
-        own = [c for c in settings["constraints"] if "custom" in c]
+        made = [(c, constraint_from_config(c)) for c in settings["constraints"]]
+        own = [str(c.get("custom", c.get("name"))) for c, constraint in made if constraint is None]
         if own:  # they played their part in training, which has ended
-            warnings.warn(f"without the constraints of your own: {', '.join(c['custom'] for c in own)}", stacklevel=3)
-        settings["constraints"] = [constraint_from_config(c) for c in settings["constraints"] if c not in own]
+            warnings.warn(f"without the constraints of your own: {', '.join(own)}", stacklevel=3)
+        settings["constraints"] = [constraint for _, constraint in made if constraint is not None]
     method = CLASSES[config["method"]](model, inference, **settings)
     saved = config.get("standardizer")
     method.standardizer = None if saved is None else Standardizer.from_config(saved)

@@ -26,6 +26,7 @@ class Batches:
         self.like = like
         self.transform: Callable[[Tensor], Tensor] = lambda rows: rows
         self.loader: DataLoader | None = None
+        self.spread = True  # over processes: each has a loader of its own part
         self.source: np.memmap | None = None
         if isinstance(data, DataLoader):
             if batch_size is not None:
@@ -34,7 +35,7 @@ class Batches:
         elif isinstance(data, Dataset):
             generator = torch.Generator().manual_seed(seed)
             size = len(data) if batch_size is None else batch_size  # type: ignore[arg-type]
-            self.loader = DataLoader(data, size, shuffle=True, generator=generator)
+            self.loader, self.spread = DataLoader(data, size, shuffle=True, generator=generator), False
         if self.loader is not None:
             self.rows = self._look()
         elif isinstance(data, np.memmap) and batch_size is not None:
@@ -93,28 +94,28 @@ class Batches:
                 break
         if not seen:
             raise InputError("train gives no batch")
-        return torch.cat(seen)
+        return distributed.gather_rows(torch.cat(seen)) if self.spread else torch.cat(seen)
 
     def epoch(self) -> Iterator[Rows]:
         """Batches of one epoch; one smaller than ``least`` (the last of a loader) is left out."""
         if self.loader is not None:
             for batch in self.loader:
-                rows = Rows.own(self.transform(as_rows(_first(batch), self.like, "a batch of train")))
+                values = self.transform(as_rows(_first(batch), self.like, "a batch of train"))
+                rows = Rows.own(values) if self.spread else Rows.part_of(values)
                 if rows.total >= self.least:
                     yield rows
         elif self.batch_size is None:
-            part = distributed.shard(self.rows.shape[-2])
-            yield Rows(self.rows[..., part, :], part.start, self.rows.shape[-2], distributed.active())
+            yield Rows.part_of(self.rows)
         else:
             order = torch.randperm(self.count, generator=self.generator)
             for index in order.split(self.batch_size):
                 if len(index) < self.least:
                     continue
-                part = distributed.shard(len(index))
                 if self.source is None:
-                    own = self.rows[..., index[part], :]
-                else:
-                    own = self.transform(self._read(index[part].numpy()))
+                    yield Rows.part_of(self.rows[..., index, :])
+                    continue
+                part = distributed.shard(len(index))
+                own = self.transform(self._read(index[part].numpy()))
                 yield Rows(own, part.start, len(index), distributed.active())
 
     def state(self) -> list[Tensor]:

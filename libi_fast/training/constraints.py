@@ -96,7 +96,8 @@ class Constraint:
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        return {"custom": type(self).__name__}
+        """An account for run folders, and for a resumed run to know a changed constraint by."""
+        return {"custom": type(self).__name__, "name": self.name, "tolerance": self.tolerance, "attributes": repr(vars(self))}
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,12 @@ class MutualInformation(Constraint):
         return (self.at_least - ratios.mean(-1)).clamp_min(0)
 
     def config(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
+        return {"name": self.name, **asdict(self)} if type(self) is MutualInformation else Constraint.config(self)
 
 
-def constraint_from_config(config: dict[str, Any]) -> Constraint:
-    """The inverse of ``config()``.
-
-    Raises:
-        InputError: a constraint of a user's own, or an unknown one.
-    """
-    if config.get("name") != MutualInformation.name:
-        raise InputError(f"the constraint {config.get('custom', config.get('name'))!r} is not libi_fast's own")
-    return MutualInformation(**{f.name: config[f.name] for f in fields(MutualInformation)})
+def constraint_from_config(config: dict[str, Any]) -> Constraint | None:
+    """The inverse of ``config()``; None for a constraint of a user's own."""
+    wanted = {f.name for f in fields(MutualInformation)}
+    if config.get("name") != MutualInformation.name or set(config) != {"name", *wanted}:
+        return None
+    return MutualInformation(**{name: config[name] for name in wanted})

@@ -51,6 +51,12 @@ class Rows(NamedTuple):
         return Rows(values, 0, values.shape[-2])
 
     @staticmethod
+    def part_of(values: Tensor) -> Rows:
+        """This process's part of a batch that all processes have."""
+        part = shard(values.shape[-2])
+        return Rows(values[..., part, :], part.start, values.shape[-2], active())
+
+    @staticmethod
     def own(values: Tensor) -> Rows:
         """A batch that each process has a part of."""
         if not active():

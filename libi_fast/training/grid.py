@@ -25,7 +25,7 @@ from libi_fast.training.batches import Batches, as_rows
 from libi_fast.training.checkpoint import Checkpoint, digest
 from libi_fast.training.method import Method
 from libi_fast.training.options import FitOptions, Log
-from libi_fast.training.replicas import Replicas, torch_seed
+from libi_fast.training.replicas import Replicas, System, torch_seed
 from libi_fast.training.run import Run
 
 
@@ -47,13 +47,19 @@ def fit_grid(methods: Sequence[Method], data: Sequence[Any], **options: Any) -> 
 
     Returns:
         fitted methods, [methods][data sets]. One none of whose restarts stayed finite is warned about and keeps the parameters
-        that it came with.
+        that it came with. The last record of a ``history`` names the ``restarts`` that were left, their objectives, and which
+        of them (``restart``, counted from 0) was taken.
 
     Raises:
         As :meth:`Method.fit`; InputError: no methods, no data, unequal shapes.
     """
     if not methods or not data:
         raise InputError(f"a grid needs methods and data, got {len(methods)} and {len(data)}")
+    if hasattr(data, "validation") or isinstance(methods, Method):
+        raise TypeError("methods and data must be lists")
+    for m in methods:
+        if not isinstance(m, Method):
+            raise TypeError(f"methods must hold LiBI, VAE and so on, got {type(m).__name__}")
     sets = [(d.train, d.validation) if hasattr(d, "validation") else tuple(d) for d in data]
     if any(len(s) != 2 for s in sets):
         raise InputError("data must be data sets, or (train, validation) pairs")
@@ -72,8 +78,15 @@ def train_batches(batches: list[list[list[Method]]], sets: list[tuple[Any, Any]]
     prepared = [_Batch(rows, sets, options, own) for rows, own in zip(batches, paths, strict=True)]  # every mistake is found
     label = batches[0][0][0].label if len(batches) == 1 else f"{len(batches)} batches"
     with tqdm(total=options.epochs * len(batches), desc=label, unit="epoch", disable=not options.progress) as bar:
-        for batch in prepared:
-            batch.train(bar, log)
+        for i, batch in enumerate(prepared):
+            log.batch = f"batch {i}/" if len(batches) > 1 else ""
+            try:
+                batch.train(bar, log)
+            except FloatingPointError as error:
+                if len(batches) == 1:
+                    raise
+                warnings.warn(f"{batch.rows[0][0].label}: {error}; the grid's other batches go on", stacklevel=2)
+                continue
             if len(batches) > 1:  # what has ended is not trained again when a later batch is resumed
                 batch.keeper.write(batch.run.state())
     for batch in prepared:
@@ -85,7 +98,9 @@ def _program(method: Method) -> str:
     """What methods must have in common to train as one batch."""
 
     def account(source: Any) -> Any:
-        """Equal where two modules are the same function of their tensors; of a user's own module: the object itself."""
+        """Equal where two modules are the same function of the same trained tensors; of a user's own: the object itself."""
+        if isinstance(source, nn.Module) and not all(p.requires_grad for p in source.parameters()):
+            return [(name, p.requires_grad) for name, p in source.named_parameters()], id(source)
         if type(source) is LatentVariableModel:
             return account(source.decoder), account(source.likelihood), source.latent_dim, source.dtype
         if type(source) is MeanFieldGaussian:
@@ -107,6 +122,8 @@ class _Batch:
     def __init__(self, rows: list[list[Method]], sets: list[tuple[Any, Any]], options: FitOptions, path: Any):
         self.rows, self.options, self.key = rows, options, as_seed(options.seed)
         method = rows[0][0]
+        if options.autocast is not None and method.model.dtype != torch.float32:
+            raise InputError(f"autocast is for float32 models, and this one is {method.model.dtype}")
         method._check_epochs(options.epochs)
         self.batches, self.held_out, self.standardizers = _prepared(method, sets, options, int(self.key))
         every = self.batches.rows.flatten(0, -2)
@@ -125,14 +142,14 @@ class _Batch:
         """The modules of each method end up with its best restart's parameters."""
         options, method = self.options, self.rows[0][0]
         replicas = _replicas(self.rows, options, int(self.key))
-        template = replicas.template
-        template.autocast = None if options.autocast is None else getattr(torch, options.autocast)
+        replicas.template.autocast = None if options.autocast is None else getattr(torch, options.autocast)
+        cells, codes = len(self.rows) * len(self.rows[0]), method.codes_a_row(self.batches.rows.shape[-2])
         # Dropout and the like draw from torch's generator, which the seed governs within training.
         with torch_seed(int(self.key)):
-            cells = len(self.rows) * len(self.rows[0])
-            self.run = Run(replicas, cells, self.batches, self.held_out, self.key, options, self.keeper, bar, log)
+            self.run = Run(
+                replicas, cells, self.batches, self.held_out, self.key, options, self.keeper, bar, log, codes
+            )  # fmt: skip
             self.run.go(method._stages(self.run, options.epochs), options.resume)
-        template.autocast = None
         self._select()
 
     def _select(self) -> None:
@@ -140,8 +157,11 @@ class _Batch:
         scores = torch.where(torch.isfinite(run.scores), run.scores, math.inf).view(len(cells), -1)
         for c, cell in enumerate(cells):
             winner = int(scores[c].argmin())
-            objective = run.scores.view(len(cells), -1)[c].tolist()
-            cell.history = [*run.histories[c], {"phase": "selection", "objective": objective, "restart": winner}]
+            record = {
+                "phase": "selection", "objective": run.scores.view(len(cells), -1)[c].tolist(), "restart": winner,
+                "restarts": (run.replicas.own["ids"].view(len(cells), -1)[c] // run.ids_a_restart).tolist(),
+            }  # fmt: skip
+            cell.history = [*run.histories[c], record]
             if not math.isfinite(float(scores[c, winner])):
                 message = f"{cell.label}: no restart ended with a finite validation objective"
                 if len(cells) == 1:
@@ -149,6 +169,7 @@ class _Batch:
                 warnings.warn(f"{message} (cell {c})", stacklevel=2)
                 continue
             run.replicas.load_into(cell.system, run.best, c * scores.shape[1] + winner)
+            cell.system.encoder = None  # h is the mean of q from here on, as in every repeat
             cell.standardizer = self.standardizers[c % len(self.standardizers)]
             cell.columns, cell.training = self.options.columns, self.options.of_the_result()
 
@@ -161,6 +182,7 @@ def _replicas(rows: list[list[Method]], options: FitOptions, seed: int) -> Repli
         for cell in row:
             systems += [cell.system] if options.warm_start else own
             sizes.append(len(own))
+    systems[0] = System(systems[0].model, systems[0].inference, systems[0].encoder)  # the template, which training changes
     replicas = Replicas(systems)
     device, dtype = replicas.own["ids"].device, replicas.dtype
     replicas.own["ids"] = torch.arange(sizes[0], device=device).repeat(len(sizes))

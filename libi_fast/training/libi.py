@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from libi_fast.errors import InputError
+from libi_fast.models.laplace import NODES
 from libi_fast.ops.henze_zirkler import METHODS, henze_zirkler_statistic
 from libi_fast.training import distributed
 from libi_fast.training.batches import Batches
-from libi_fast.training.constraints import Constraint, Step1, moment_errors, safe_exp
+from libi_fast.training.constraints import Constraint, MutualInformation, Step1, moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
 from libi_fast.training.method import Method, elbo_at_start, fit_decoder
 from libi_fast.training.objectives import elbo_terms, importance_terms
@@ -85,12 +86,16 @@ class LiBI(Method):
         ):  # fmt: skip
             if value < least:
                 raise InputError(f"{label} must be at least {least}, got {value}")
-        for label, value, known in (("step1", step1, STEP1), ("step2", step2, STEP2), ("hz_method", hz_method, METHODS)):
-            if value not in known:
-                raise InputError(f"{label} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        for label, choice, known in (("step1", step1, STEP1), ("step2", step2, STEP2), ("hz_method", hz_method, METHODS)):
+            if choice not in known:
+                raise InputError(f"{label} must be one of {', '.join(map(repr, known))}, got {choice!r}")
+        if isinstance(constraints, Constraint):
+            raise TypeError("constraints must be a list of lf.Constraint objects, got one of them")
         for constraint in constraints:
             if not isinstance(constraint, Constraint):
                 raise TypeError(f"constraints must hold lf.Constraint objects, got {type(constraint).__name__}")
+            if not constraint.tolerance > 0:
+                raise InputError(f"{type(constraint).__name__}.tolerance must be positive, got {constraint.tolerance}")
         if step1 == "importance" and encoder is not None:
             raise InputError("step1='importance' learns q, whose mean is the encoder: leave encoder=None")
         super().__init__(
@@ -111,6 +116,12 @@ class LiBI(Method):
         # Below twice the codes' size the whitened points are all but determined by the whitening.
         least = 2 * self.model.latent_dim + 2
         batches.require(least, f"LiBI's statistics of {self.model.latent_dim}-dimensional codes")
+
+    def codes_a_row(self, rows: int) -> float:
+        s = self.settings
+        nodes = NODES**self.model.latent_dim if s["step1"] == "quadrature" else 1
+        simulated = sum(c.num_points * (1 + c.num_samples) for c in s["constraints"] if isinstance(c, MutualInformation))
+        return nodes + simulated / rows
 
     def _systems(self, restarts: int, seed: int) -> list[System]:
         if not self._candidates_train:
@@ -147,27 +158,32 @@ class LiBI(Method):
             "mean": rows.share(safe_exp(off_mean / mean_tolerance)),
         }
 
-    def _constraint_terms(self, run: Run, rows: Rows, z: Tensor, step: int) -> Terms:
-        """The penalties of ``constraints``; terms of one name are told apart by their number."""
-        terms: Terms = {}
+    def _constrained(self, terms: Terms, run: Run, rows: Rows, z: Tensor, step: int) -> Terms:
+        """The terms, and the penalties of ``constraints``; one whose name is taken is told apart by its number."""
         context = Step1(run.replicas, rows, z, run.seed, step)
         for i, constraint in enumerate(self.settings["constraints"]):
+            violation = constraint.violation(context)
+            if not isinstance(violation, Tensor) or violation.shape != (run.replicas.count,):
+                found = tuple(violation.shape) if isinstance(violation, Tensor) else type(violation).__name__
+                raise InputError(f"{type(constraint).__name__}.violation must be [R] = ({run.replicas.count},), got {found}")
             name = constraint.name if constraint.name not in terms else f"{constraint.name} {i}"
-            terms[name] = rows.share(safe_exp(constraint.violation(context) / constraint.tolerance))
+            terms[name] = rows.share(safe_exp(violation / constraint.tolerance))
         return terms
 
     def _joint(self, run: Run, rows: Rows, step: int) -> Terms:
         terms = self.step1_terms(run.replicas, rows, step)
-        if self.settings["constraints"]:
-            terms |= self._constraint_terms(run, rows, run.replicas.codes(rows.values), step)
-        return terms
+        return (
+            self._constrained(terms, run, rows, run.replicas.codes(rows.values), step)
+            if self.settings["constraints"]
+            else terms
+        )
 
     def _importance(self, run: Run, rows: Rows, step: int) -> Terms:
         samples = self.settings["num_samples"] if step != VALIDATION_DRAWS else VALIDATION_SAMPLES
         terms = importance_terms(run, rows, samples, "doubly-reparameterized", step)
         q = run.replicas.posterior(rows.values)
         z = q.mean + q.log_std.exp() * run.noise(rows, 1, step)()[:, :, 0]
-        return {**terms, **self._code_terms(run.replicas, rows, z, step), **self._constraint_terms(run, rows, z, step)}
+        return self._constrained({**terms, **self._code_terms(run.replicas, rows, z, step)}, run, rows, z, step)
 
     def _quadrature(self, run: Run, rows: Rows, step: int) -> Terms:
         replicas = run.replicas
@@ -177,7 +193,7 @@ class LiBI(Method):
             with replicas.frozen("model."):
                 joint = replicas.log_prob(rows.values, z) - 0.5 * z.square().sum(-1)
             terms["mode"] = -rows.mean(joint - joint.detach())
-        return {**terms, **self._constraint_terms(run, rows, z, step)}
+        return self._constrained(terms, run, rows, z, step)
 
     def _step1(self, run: Run, epochs: int, first: bool) -> list[Stage]:
         s = self.settings
@@ -187,7 +203,7 @@ class LiBI(Method):
             terms = {"joint": self._joint, "importance": self._importance, "quadrature": self._quadrature}[kind]
             return Phase(
                 name, epochs, ("model.", prefix), lambda rows, step: terms(run, rows, step),
-                lambda: terms(run, run.validation, VALIDATION_DRAWS), decay, halving=halving,
+                lambda: terms(run, run.validation, VALIDATION_DRAWS), decay, halving=halving, fixed=name == "candidates",
             )  # fmt: skip
 
         if not first or run.options.warm_start:

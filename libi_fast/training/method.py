@@ -105,10 +105,11 @@ class Method:
             early_stopping: end each phase where its held-out objective was lowest. For flexible networks on few rows; on the
                 paper's small models the last step is better (50 noisy looks find a transient that suits the validation rows).
             warm_start: begin from the modules' present parameters (one restart only).
-            autocast: 'bfloat16' or 'float16' is the type of the networks' matrix products and what follows them; log-weights,
-                statistics, parameters and Adam stay in float32.
-            memory: bytes that activations and gradients may take; restarts that need more are worked on in blocks, with the
-                same result.
+            autocast: 'bfloat16' is the type of the networks' matrix products and what follows them; log-weights, statistics,
+                parameters and Adam stay in float32.
+            memory: bytes that activations and gradients may take, about; restarts that need more are worked on in blocks of 16
+                or a multiple. More than 16 are always filled up to such a multiple, and the result has the same bits in
+                any blocks (on the CPU with up to 2 threads; a network with dropout draws other masks).
             checkpoint: a file that is replaced every ``checkpoint_seconds`` at the end of an epoch and deleted once training
                 has ended. resume: go on from it where it exists; on the same machine and as many threads the result has the
                 bits of a run that was never cut off.
@@ -141,6 +142,10 @@ class Method:
     @property
     def label(self) -> str:
         return type(self).__name__
+
+    def codes_a_row(self, rows: int) -> float:
+        """How many codes of a row training decodes at once, for planning memory."""
+        return self.settings.get("num_samples", 1)
 
     def weight(self, name: str, replicas: Replicas) -> Any:
         """One of ``weights``: of each replica [R] in a grid, else this method's own number."""

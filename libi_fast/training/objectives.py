@@ -11,7 +11,7 @@ from libi_fast.ops import importance as op
 from libi_fast.ops.random import Stream
 from libi_fast.training.distributed import Rows
 from libi_fast.training.replicas import Replicas
-from libi_fast.training.run import Run, Terms
+from libi_fast.training.run import SMALLEST_BLOCK, Run, Terms
 
 
 def elbo_terms(replicas: Replicas, rows: Rows, noise: Callable[[], Tensor], beta: float | Tensor = 1.0) -> Terms:
@@ -39,6 +39,6 @@ def importance_terms(run: Run, rows: Rows, samples: int, gradient: str, repetiti
     x = rows.values if rows.values.dim() == 3 else rows.values[None]
     estimate = op.importance_streamed(
         x, q.mean, q.log_std, log_prob, [replicas.parameters[k] for k in names], run.seed, replicas.own["ids"], settings,
-        max(widest, x.shape[-1]),
+        max(widest, x.shape[-1]), most_replicas=SMALLEST_BLOCK,
     )  # fmt: skip
     return {"bound": -rows.mean(estimate.log_likelihood)}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
+from libi_fast.training import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,11 @@ class FitOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for label in ("epochs", "restarts", "survivors", "patience", "memory"):
+        for label in ("epochs", "restarts", "survivors", "patience", "memory", "batch_size"):
             value = getattr(self, label)
-            if value is not None and value < 1:
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{label} must be an integer, got {type(value).__name__}")
+            if value is not None and value < 1 and label != "batch_size":  # whose range is that of the rows
                 raise InputError(f"{label} must be at least 1, got {value}")
         if self.survivors is not None and self.survivors > self.restarts:
             raise InputError(f"survivors must be at most restarts ({self.restarts}), got {self.survivors}")
@@ -50,8 +54,12 @@ class FitOptions:
             raise InputError(f"tolerance must not be negative, got {self.tolerance}")
         if self.warm_start and self.restarts != 1:
             raise InputError("warm_start trains the modules as they are: restarts must be 1")
-        if self.autocast not in (None, "bfloat16", "float16"):
-            raise InputError(f"autocast must be None, 'bfloat16' or 'float16', got {self.autocast!r}")
+        if self.autocast not in (None, "bfloat16"):  # float16 would need its gradients scaled
+            raise InputError(f"autocast must be None or 'bfloat16', got {self.autocast!r}")
+        if not self.checkpoint_seconds >= 0:
+            raise InputError(f"checkpoint_seconds must not be negative, got {self.checkpoint_seconds}")
+        if self.resume and self.checkpoint is None:
+            raise InputError("resume=True goes on from a checkpoint: name its file")
 
     def of_the_result(self) -> dict[str, Any]:
         """Those that decide what comes out, and so what a checkpoint must agree with."""
@@ -69,6 +77,9 @@ class Log:
     def __init__(self, folder: str | PathLike[str] | None):
         self.folder = folder
         self.writer: Any = None
+        self.batch = ""  # before every tag, where a grid has several
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise InputError(f"log_dir: {folder} is not a folder")
         if folder is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +88,7 @@ class Log:
             self._open = SummaryWriter
 
     def write(self, phase: str, step: int, cells: int, terms: dict[str, Tensor]) -> None:
-        if self.folder is None:
+        if self.folder is None or not distributed.first():
             return
         if self.writer is None:  # what an interrupted run wrote after its last checkpoint is purged
             self.writer = self._open(str(self.folder), purge_step=step)
@@ -88,7 +99,7 @@ class Log:
         for cell, restart in enumerate(best.tolist()):
             suffix = f"/{cell}" if cells > 1 else ""
             for name, value in split.items():
-                self.writer.add_scalar(f"{phase}/{name}{suffix}", float(value[cell, restart]), step)
+                self.writer.add_scalar(f"{self.batch}{phase}/{name}{suffix}", float(value[cell, restart]), step)
 
     def close(self) -> None:
         if self.writer is not None:

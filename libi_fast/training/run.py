@@ -37,20 +37,23 @@ Loss = Callable[[Rows, int], Terms]
 """(rows, step) -> this process's share of the terms"""
 
 
-def block_size(replicas: Replicas, batches: Batches, held_out: int, memory: int) -> int:
-    """How many replicas may be worked on at a time so that activations and gradients fit ``memory`` bytes."""
+def block_size(replicas: Replicas, batches: Batches, held_out: int, memory: int, codes: float) -> int:
+    """How many replicas may be worked on at a time so that activations and gradients fit ``memory`` bytes, with so many codes
+    of each row at once."""
     widths = {prefix: sum(math.prod(p.shape[1:2]) for p in replicas.group(prefix)) for prefix in ("model.", "")}
     rows = batches.batch_size or batches.rows.shape[-2]
     columns = batches.rows.shape[-1]
-    numbers = max(rows * 3 * (widths[""] + columns), held_out * VALIDATION_SAMPLES * (widths["model."] + columns))
+    forward_and_back = rows * 3 * (widths[""] + columns + (codes - 1) * (widths["model."] + columns))
+    numbers = max(forward_and_back, held_out * max(codes, VALIDATION_SAMPLES) * (widths["model."] + columns))
     size = numbers * torch.finfo(replicas.dtype).bits // 8
-    return max(1, memory // size // SMALLEST_BLOCK) * SMALLEST_BLOCK
+    return max(1, int(memory / size) // SMALLEST_BLOCK) * SMALLEST_BLOCK
 
 
 class Phase(NamedTuple):
     """Minimise the sum of ``loss(rows, step)`` over the parameters whose names begin with one of ``train``, all others held,
     for at most ``epochs`` epochs; ``validate`` gives the terms on held-out rows; ``rate`` multiplies the learning rate;
-    ``halving``: restarts may be dropped on the way (``survivors``)."""
+    ``halving``: restarts may be dropped on the way (``survivors``); ``fixed``: all epochs are gone through, whatever
+    ``tolerance`` is."""
 
     name: str
     epochs: int
@@ -60,6 +63,7 @@ class Phase(NamedTuple):
     decay: bool = True
     rate: float = 1.0
     halving: bool = False
+    fixed: bool = False
 
 
 Stage = Phase | Callable[["Run"], None]
@@ -96,7 +100,7 @@ class Run:
 
     def __init__(
         self, replicas: Replicas, cells: int, batches: Batches, validation: Tensor, seed: Tensor, options: FitOptions,
-        checkpoint: Checkpoint, bar: tqdm, log: Log,
+        checkpoint: Checkpoint, bar: tqdm, log: Log, codes: float = 1,
     ):  # fmt: skip
         self.replicas, self.cells, self.batches, self.seed = replicas, cells, batches, seed
         self._validation = Rows.whole(validation)
@@ -108,8 +112,9 @@ class Run:
         self.objective = torch.full((replicas.count,), math.inf, dtype=replicas.dtype)
         self.best: dict[str, Tensor] = {}
         self.scores = self.judged = self.objective
+        self.ids_a_restart = max(1, self.restarts // options.restarts)  # where a restart begins with candidates
         self._inside: dict[str, Any] | None = None  # state of the phase that a checkpoint was taken in
-        self.block = block_size(replicas, batches, validation.shape[-2], options.memory)
+        self.block = block_size(replicas, batches, validation.shape[-2], options.memory, codes)
 
     # --- stages ---
 
@@ -135,7 +140,8 @@ class Run:
         parameters = replicas.group("")
         try:
             if phase.epochs >= 1 and parameters:
-                schedule = Schedule(phase.epochs, phase.rate * o.learning_rate, o.tolerance, o.patience, phase.decay)
+                tolerance = None if phase.fixed else o.tolerance
+                schedule = Schedule(phase.epochs, phase.rate * o.learning_rate, tolerance, o.patience, phase.decay)
                 progress = _Progress(self, phase, schedule, parameters)
                 if self._inside is not None:
                     progress.load(self._inside)
@@ -374,7 +380,7 @@ class _Progress:
         ids = run.replicas.own["ids"]
         for r in fallen:
             terms = [k for k, v in means.items() if not math.isfinite(float(v[r]))] or ["their sum"]
-            cell, restart = r // run.restarts, int(ids[r])
+            cell, restart = r // run.restarts, int(ids[r]) // run.ids_a_restart
             record = {"phase": self.phase.name, "epoch": self.epoch, "restart": restart, "non_finite": terms}
             run.histories[cell].append(record)
             where += f"{', '.join(terms)} of restart {restart}{f' of cell {cell}' if run.cells > 1 else ''}; "

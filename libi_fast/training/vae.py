@@ -65,7 +65,7 @@ class VAE(Method):
         if self.settings["anneal"]:
             # Its own phase without decay, so that beta has risen before the rate falls.
             rising, _ = _elbo(run, self, lambda: run.fraction)
-            stages += [Phase("annealing", epochs // 2, both, rising, decay=False)]
+            stages += [Phase("annealing", epochs // 2, both, rising, decay=False, fixed=True)]
             epochs -= epochs // 2
         loss, held_out = _elbo(run, self)
         return [*stages, Phase("elbo", epochs, both, loss, held_out, halving=True), Run.judge, Run.consider]
@@ -103,8 +103,9 @@ class LaggingVAE(Method):
 
     def _check_epochs(self, epochs: int) -> None:
         segments = self.settings["segments"]
-        if epochs < 2 * segments:
-            raise InputError(f"{segments} segments of two parts need at least {2 * segments} epochs, got {epochs}")
+        left = epochs - min(self.settings["warm_up"], epochs // 6)
+        if left < 2 * segments:
+            raise InputError(f"{segments} segments of two parts need at least {2 * segments} epochs after warm-up, got {left}")
 
     def _stages(self, run: Run, epochs: int) -> list[Stage]:
         s = self.settings
@@ -115,7 +116,7 @@ class LaggingVAE(Method):
             if segment in drops:
                 stages += [_keep(drops[segment])]
             begin, end = (epochs * k // s["segments"] for k in (segment, segment + 1))
-            alone = max(1, round(s["inference_share"] * (end - begin)))
+            alone = min(max(1, round(s["inference_share"] * (end - begin))), end - begin - 1)
             # The schedule of one long phase, whose rate falls over its second half, in steps of a segment.
             rate = Schedule(epochs, 1.0, None, 1).rate_at(max(begin, epochs // 10))
             last = segment + 1 == s["segments"]
