@@ -19,13 +19,15 @@ from libi_fast.errors import InputError
 
 # Options that not every method has. The names are libi_fast.METHODS', written out because importing torch takes a second.
 OWN_OPTIONS = {
-    "libi": ("hz_weight", "repeats", "step1", "step2", "mutual_information"),
+    "libi": (
+        "hz_weight", "covariance_tolerance", "mean_tolerance", "repeats", "step1", "step2", "mutual_information", "train_samples",
+    ),
     "vae": ("beta",),
     "beta-vae": ("beta",),
     "annealing": ("beta",),
     "lagging": ("beta", "segments"),
     "iwae": ("train_samples",),
-}
+}  # fmt: skip
 PARETO_LIMIT = 0.7  # above it the weights' tail is too heavy to trust the estimate (Vehtari et al., arXiv 1507.02646)
 FIT_OPTIONS = ("epochs", "restarts", "survivors", "batch_size", "learning_rate", "tolerance", "log_dir")
 LARGE_FILE = 2**30  # bytes of a .npy file that evaluate reads as it goes along
@@ -44,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (InputError, OSError, FloatingPointError) as error:  # the last: training that diverged
-        print(f"libi-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's others say the same
+            print(f"libi-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"libi-fast: interrupted, {stop if stop.args else 'nothing was written'}", file=sys.stderr)
@@ -398,13 +401,15 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--tolerance", type=float, help="stop early once the objective falls by no more than this")
     training.add_argument("--seed", type=_whole(0), default=0, help="of the weights and the training (default 0)")
     training.add_argument("--hz-weight", type=float, help="libi: weight of the Henze-Zirkler penalty")
+    training.add_argument("--covariance-tolerance", type=float, help="libi: of the codes' covariance")
+    training.add_argument("--mean-tolerance", type=float, help="libi: of the codes' mean")
     training.add_argument("--repeats", type=_whole(1), help="libi: repetitions of steps 1 to 3")
     training.add_argument("--step1", choices=("joint", "importance", "quadrature"), help="libi: what step 1 maximises")
     training.add_argument("--step2", choices=("elbo", "importance"), help="libi: what step 2 maximises")
     training.add_argument("--mutual-information", type=_positive, metavar="NATS", help="libi: I(X;Z) is to be at least this")
     training.add_argument("--beta", type=float, help="beta-vae (default 4), vae, annealing, lagging (1): weight of the KL term")
     training.add_argument("--segments", type=_whole(1), help="lagging: segments in which phi alone learns first")
-    training.add_argument("--train-samples", type=_whole(1), help="iwae: samples of the bound")
+    training.add_argument("--train-samples", type=_whole(1), help="iwae, libi by importance: samples of the bound")
     training.add_argument("--log-dir", metavar="FOLDER", help="write TensorBoard's event files there")
     _add_rows(fit)
     _add_estimate(fit)
