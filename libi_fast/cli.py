@@ -20,7 +20,8 @@ from libi_fast.errors import InputError
 # Options that not every method has. The names are libi_fast.METHODS', written out because importing torch takes a second.
 OWN_OPTIONS = {
     "libi": (
-        "hz_weight", "covariance_tolerance", "mean_tolerance", "repeats", "step1", "step2", "mutual_information", "train_samples",
+        "hz_weight", "covariance_tolerance", "mean_tolerance", "repeats", "step1", "step2", "mutual_information",
+        "train_samples",
     ),
     "vae": ("beta",),
     "beta-vae": ("beta",),
