@@ -109,7 +109,7 @@ class Run:
         self.position = self.step = self.epochs = 0
         self.fraction = 0.0
         self.alive = torch.ones(replicas.count, dtype=torch.bool)
-        self.objective = torch.full((replicas.count,), math.inf, dtype=replicas.dtype)
+        self.objective = torch.full((replicas.count,), math.inf, dtype=replicas.dtype, device=replicas.own["ids"].device)
         self.best: dict[str, Tensor] = {}
         self.scores = self.judged = self.objective
         self.ids_a_restart = max(1, self.restarts // options.restarts)  # where a restart begins with candidates
