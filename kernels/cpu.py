@@ -11,12 +11,14 @@ import ctypes
 import functools
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch  # also first for its OpenMP runtime, which the library then shares
 from torch import Tensor
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _MASK = 2**64 - 1
 _ERRORS = {
     1: "a size is negative, zero where it must not be, or too large",
@@ -32,6 +34,7 @@ _SIGNATURES = {
     "log_mean_exp": [_Pointer, _Int64, _Int64, _Int, _Pointer],
     "log_mean_exp_backward": [_Pointer, _Pointer, _Pointer, _Int64, _Int64, _Int, _Pointer],
     "henze_zirkler_pairs": [_Pointer, _Int64, _Int64, _Int64, _Double, _Int, _Int, _Pointer, _Pointer],
+    "smooth_knn": [_Pointer, *[_Int64] * 5, _Pointer, _Int64, _Int, _Pointer],
 }
 _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64", torch.int64: ""}
 
@@ -89,7 +92,7 @@ def openmp() -> bool:
     return library is not None and bool(library.libi_openmp())
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: float) -> None:
+def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"libi_fast's compiled library is not available: {reason}")
@@ -193,3 +196,14 @@ def henze_zirkler_pairs(y: Tensor, beta: float, gradient: bool) -> tuple[Tensor,
     threads = torch.get_num_threads()
     _call("henze_zirkler_pairs", y.dtype, y.data_ptr(), replicas, n, d, beta, int(gradient), threads, *results)
     return pairs, sums
+
+
+def smooth_knn(z: Tensor, n1: int, k: int, alphas: Sequence[float]) -> Tensor:
+    """The smooth k-nearest-neighbour statistic of pooled points [R, n1 + n2, d], those of the first sample first: [R]."""
+    replicas, n, d = z.shape
+    z = z.contiguous()
+    out = torch.empty(replicas, dtype=z.dtype)
+    chosen = (_Double * len(alphas))(*alphas)
+    sizes = (replicas, n1, n - n1, d, k)
+    _call("smooth_knn", z.dtype, z.data_ptr(), *sizes, chosen, len(alphas), torch.get_num_threads(), out.data_ptr())
+    return out

@@ -36,7 +36,15 @@
     X(henze_zirkler_pairs_f64,                                                                                        \
       (const double *y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,           \
        double *pairs, double *sums),                                                                                  \
-      (y, replicas, n, d, beta, gradient, num_threads, pairs, sums))
+      (y, replicas, n, d, beta, gradient, num_threads, pairs, sums))                                                  \
+    X(smooth_knn_f32,                                                                                                 \
+      (const float *z, int64_t replicas, int64_t n1, int64_t n2, int64_t d, int64_t k, const double *alphas,          \
+       int64_t num_alphas, int num_threads, float *out),                                                              \
+      (z, replicas, n1, n2, d, k, alphas, num_alphas, num_threads, out))                                              \
+    X(smooth_knn_f64,                                                                                                 \
+      (const double *z, int64_t replicas, int64_t n1, int64_t n2, int64_t d, int64_t k, const double *alphas,         \
+       int64_t num_alphas, int num_threads, double *out),                                                             \
+      (z, replicas, n1, n2, d, k, alphas, num_alphas, num_threads, out))
 
 namespace libi {
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
+from libi_fast.kernels import cpu as native
 from libi_fast.kernels.smooth_knn import reference
 from libi_fast.ops import _library as lib
 
@@ -26,10 +27,18 @@ def _fake(a: Tensor, b: Tensor, k: int, alphas: Sequence[float], gradient: bool)
     return a.new_empty(a.shape[:1]), to_a, to_b
 
 
+def _native(a: Tensor, b: Tensor, k: int, alphas: Sequence[float], gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The value alone; where the gradient is wanted too, the reference gives both."""
+    if gradient:
+        return reference.forward(a, b, k, alphas, gradient)
+    value = native.smooth_knn(torch.cat((a, b), 1), a.shape[1], k, alphas)
+    return value, *(t.new_empty((t.shape[0], 0, t.shape[2])) for t in (a, b))  # type: ignore[return-value]
+
+
 _forward: Any = lib.define(
     "smooth_knn",
     "(Tensor a, Tensor b, SymInt k, float[] alphas, bool gradient, str backend) -> (Tensor, Tensor, Tensor)",
-    {"reference": reference.forward},
+    {"reference": reference.forward, "cpu": _native},
     _fake,
     _vmap,
 )
@@ -70,7 +79,9 @@ def smooth_knn(
     statistic is the expected number of picks from the other sample, standardised over all assignments of the labels, its sign
     turned: mean 0 and variance 1 where a and b have one distribution. A large alpha comes close to counting the k nearest.
 
-    Computed in float64. Memory: some ten numbers a pair of points of one repetition, and a block of repetitions at a time.
+    Computed in float64; the compiled kernel, which gives values without gradients, takes float32 where that moves a result by
+    some 1e-6 at most. Memory: some ten numbers a pair of points of one repetition, and a block of repetitions at a time; the
+    kernel, one or two numbers a pair for each thread.
 
     Args:
         a: [..., n1, d] and
