@@ -620,6 +620,12 @@ def test_committed_results_meet_the_targets():
     assert read("linear_jtex")["VAE"]["population LL"]["mean"] == pytest.approx(-3.133, abs=0.02)
     assert read("gaussian")["LiBI"][gap]["mean"] >= -0.02
     assert read("digits")["LiBI"]["above FactorAnalysis(8)"] >= 10
+    knn = {
+        name: found["k = 10, alpha = 1"]
+        for name, found in read("smooth_knn").items()
+        if isinstance(found, dict) and "k = 10, alpha = 1" in found
+    }
+    assert knn["VAE"]["mean"] == pytest.approx(1.67, abs=0.12) and abs(knn["two samples of p(x)"]) < 0.02
     assert read("nonlinear")["Mobius"][gap]["mean"] >= -0.09
     assert read("nonlinear")["CubicJTEx"][gap]["mean"] >= -0.12
 
