@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,19 @@ def check_same_bits_for_instruction_set(isa: str, module: str, digest: Callable[
     if used != isa:
         pytest.skip(f"this machine has no {isa}")
     assert found == digest()
+
+
+def results_of_instruction_sets(program: str, folder: Path) -> dict[str, Any]:
+    """What ``program`` saves under the name in its first argument, (instruction set used, result), for each that is here."""
+    results = {}
+    for isa in ("generic", "v3", "v4"):
+        path = folder / f"{isa}.pt"
+        command = [sys.executable, "-W", "ignore", "-c", program, str(path)]
+        subprocess.run(command, env={**os.environ, "LIBI_FAST_ISA": isa}, check=True, timeout=300)
+        found, results[isa] = torch.load(path)
+        if found != isa:
+            del results[isa]  # this machine lacks it
+    return results
 
 
 def of_processes(function):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from common import points
+from common import points, results_of_instruction_sets
 from torch import Tensor
 
 from libi_fast.kernels import cpu as native
@@ -106,14 +103,7 @@ torch.manual_seed(0)
 y = [torch.randn(2, n, d, dtype=t) for n, d in ((100, 2), (600, 3), (2100, 9)) for t in (torch.float32, torch.float64)]
 torch.save((cpu.isa(), [cpu.henze_zirkler_pairs(x, 1.5, True) for x in y]), sys.argv[1])
 """
-    results = {}
-    for isa in ("generic", "v3", "v4"):
-        path = tmp_path / f"{isa}.pt"
-        command = [sys.executable, "-W", "ignore", "-c", program, str(path)]
-        subprocess.run(command, env={**os.environ, "LIBI_FAST_ISA": isa}, check=True, timeout=300)
-        found, results[isa] = torch.load(path)
-        if found != isa:
-            del results[isa]  # this machine lacks it
+    results = results_of_instruction_sets(program, tmp_path)
     for name, result in results.items():
         for (pairs, sums), (others, other_sums) in zip(results["generic"], result, strict=True):
             tolerance = 1e-12 if sums.dtype == torch.float64 else 1e-5

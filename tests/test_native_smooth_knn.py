@@ -5,15 +5,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from common import check_same_bits_for_any_number_of_threads, points
+from common import check_same_bits_for_any_number_of_threads, points, results_of_instruction_sets
 from torch import Tensor
 
 from libi_fast.kernels import cpu
@@ -112,14 +109,7 @@ z = [torch.randn(5, 71, 2, dtype=t) for t in (torch.float32, torch.float64)]
 settings = [(1, [1.0]), (10, [1.0, 0.2]), (50, [2.0]), (9, [90.0])]
 torch.save((cpu.isa(), [cpu.smooth_knn(x, 30, *s) for x in z for s in settings]), sys.argv[1])
 """
-    results = {}
-    for isa in ("generic", "v3", "v4"):
-        path = tmp_path / f"{isa}.pt"
-        command = [sys.executable, "-W", "ignore", "-c", program, str(path)]
-        subprocess.run(command, env={**os.environ, "LIBI_FAST_ISA": isa}, check=True, timeout=300)
-        found, results[isa] = torch.load(path)
-        if found != isa:
-            del results[isa]  # this machine lacks it
+    results = results_of_instruction_sets(program, tmp_path)
     for result in results.values():
         for value, other in zip(results["generic"], result, strict=True):
             tolerance = 1e-11 if value.dtype == torch.float64 else 3e-6

@@ -19,31 +19,11 @@
 
 #include "../elementary.hpp"
 #include "../entry_points.hpp"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "../registers.hpp"
 
 namespace libi {
 namespace LIBI_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int64_t kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t kBytes = 32;
-#else
-constexpr int64_t kBytes = 16;
-#endif
-
-// A register of numbers. Operators are those of the compiler's vectors; without such, a number is a vector of one.
-#if defined(__GNUC__)
-#define LIBI_REGISTER __attribute__((vector_size(kBytes)))
-#else
-#define LIBI_REGISTER
-#endif
-typedef float Floats LIBI_REGISTER;
-typedef double Doubles LIBI_REGISTER;
 
 // Lanes in a strip, whatever the register. 2^-q = 1 + q (c_1 + q (c_2 + ...)) for |q| <= 1/2, minimax in the relative
 // error: 9e-8 and 2e-17. round + n has n + bias in its lowest bits, and 2^-bias is taken for 0.
@@ -51,7 +31,6 @@ template <class T>
 struct Type;
 template <>
 struct Type<float> {
-    using Vector = Floats;
     typedef uint32_t Bits LIBI_REGISTER;
     static constexpr int64_t lanes = 16;
     static constexpr float round = 12582912.0f + 127.0f, least = 127.0f;  // 1.5 * 2^23
@@ -61,7 +40,6 @@ struct Type<float> {
 };
 template <>
 struct Type<double> {
-    using Vector = Doubles;
     typedef uint64_t Bits LIBI_REGISTER;
     static constexpr int64_t lanes = 8;
     static constexpr double round = 6755399441055744.0 + 1023.0, least = 1023.0;  // 1.5 * 2^52
@@ -71,26 +49,6 @@ struct Type<double> {
                                         -0.0000152527273851938682, 1.32154426753298221e-6, -1.01806476592341389e-7,
                                         7.07257041281442351e-9,   -4.07807192958833667e-10};
 };
-
-LIBI_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-
-LIBI_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
-#if defined(__AVX512F__)
-    return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-    return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-    return a * b + c;
-#endif
-}
 
 // The smaller of limit and x; NaN where x is. (The unmasked intrinsic warns falsely in GCC 12.)
 LIBI_INLINE Floats at_most(Floats limit, Floats x) {
@@ -111,29 +69,6 @@ LIBI_INLINE Doubles at_most(Doubles limit, Doubles x) {
 #else
     return limit < x ? limit : x;
 #endif
-}
-
-template <class T>
-using Vector = typename Type<T>::Vector;
-
-template <class T>
-constexpr int64_t kWidth = static_cast<int64_t>(sizeof(Vector<T>) / sizeof(T));
-
-template <class T>
-LIBI_INLINE Vector<T> all(T x) {
-    return x - Vector<T>{};
-}
-
-template <class T>
-LIBI_INLINE Vector<T> load(const T* from) {
-    Vector<T> v;
-    std::memcpy(&v, from, sizeof(v));
-    return v;
-}
-
-template <class T>
-LIBI_INLINE void store(T* to, Vector<T> v) {
-    std::memcpy(to, &v, sizeof(v));
 }
 
 // 2^-s for s >= 0: 1 at 0, 0 where s rounds to 127 (1023) or more, NaN where s is.

@@ -25,89 +25,25 @@
 
 #include "../elementary.hpp"
 #include "../entry_points.hpp"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "../registers.hpp"
 
 namespace libi {
 namespace LIBI_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int64_t kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t kBytes = 32;
-#else
-constexpr int64_t kBytes = 16;
-#endif
-
-// A register of numbers. Operators are those of the compiler's vectors; without such, a number is a vector of one.
-#if defined(__GNUC__)
-#define LIBI_REGISTER __attribute__((vector_size(kBytes)))
-#else
-#define LIBI_REGISTER
-#endif
-typedef float Floats LIBI_REGISTER;
-typedef double Doubles LIBI_REGISTER;
-
-LIBI_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-
-LIBI_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
-#if defined(__AVX512F__)
-    return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-    return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-    return a * b + c;
-#endif
-}
 
 // e_k lies between least and exp(k), and products of a prefix and a suffix that underflow do not count beside it.
 template <class T>
 struct Type;
 template <>
 struct Type<float> {
-    using Vector = Floats;
     static constexpr double least = 1e-12;
     static constexpr int64_t largest_k = 40;
 };
 template <>
 struct Type<double> {
-    using Vector = Doubles;
     static constexpr double least = 1e-100;
     static constexpr int64_t largest_k = 300;
 };
-
-template <class T>
-using Vector = typename Type<T>::Vector;
-template <class T>
-constexpr int64_t kLanes = static_cast<int64_t>(sizeof(Vector<T>) / sizeof(T));
-
-template <class T>
-LIBI_INLINE Vector<T> all(T x) {
-    return x - Vector<T>{};
-}
-
-template <class T>
-LIBI_INLINE Vector<T> load(const T* from) {
-    Vector<T> v;
-    std::memcpy(&v, from, sizeof(v));
-    return v;
-}
-
-template <class T>
-LIBI_INLINE void store(T* to, Vector<T> v) {
-    std::memcpy(to, &v, sizeof(v));
-}
 
 constexpr double kJitter = 1e-5;
 constexpr int64_t kBlock = 4;
@@ -174,7 +110,7 @@ struct Space {
     std::unique_ptr<unsigned char[]> memory;
 
     bool make(const Problem& p) {
-        constexpr int64_t lanes = kLanes<T>, line = 64;
+        constexpr int64_t lanes = kWidth<T>, line = 64;
         const int64_t polynomial = (p.k > 0 ? p.k : 1) * lanes, size = static_cast<int64_t>(sizeof(T));
         const int64_t root = static_cast<int64_t>(std::sqrt(static_cast<double>(p.blocks))) + 1;
         const int64_t fit = kPrefixBytes / (polynomial * size);
@@ -208,7 +144,7 @@ struct Space {
 template <class T, bool tilted>
 LIBI_INLINE void multiply_block(const T* odds, const T* rest, int64_t k, const T* from, T* to) {
     using V = Vector<T>;
-    constexpr int64_t lanes = kLanes<T>;
+    constexpr int64_t lanes = kWidth<T>;
     const V w0 = load(odds), w1 = load(odds + lanes), w2 = load(odds + 2 * lanes), w3 = load(odds + 3 * lanes);
     V q0{}, q1{}, q2{}, q3{};
     if constexpr (tilted)
@@ -227,9 +163,9 @@ LIBI_INLINE void multiply_block(const T* odds, const T* rest, int64_t k, const T
 
 // odds -> w_j e_{k-1}(w without j) in their place, for a group of rows; their sums over either sample.
 template <class T, bool tilted>
-void condition(const Problem& p, Space<T>& s, double (&first)[kLanes<T>], double (&second)[kLanes<T>]) {
+void condition(const Problem& p, Space<T>& s, double (&first)[kWidth<T>], double (&second)[kWidth<T>]) {
     using V = Vector<T>;
-    constexpr int64_t lanes = kLanes<T>;
+    constexpr int64_t lanes = kWidth<T>;
     const int64_t k = p.k, step = kBlock * lanes, polynomial = k * lanes;
     for (int64_t l = 0; l < 3 * lanes; ++l) s.suffix[l] = 0;
     T* const suffix = s.suffix + 3 * lanes;
@@ -293,8 +229,8 @@ void condition(const Problem& p, Space<T>& s, double (&first)[kLanes<T>], double
 
 // k = 1: the odds themselves.
 template <class T>
-void sum_odds(const Problem& p, const T* odds, double (&first)[kLanes<T>], double (&second)[kLanes<T>]) {
-    constexpr int64_t lanes = kLanes<T>;
+void sum_odds(const Problem& p, const T* odds, double (&first)[kWidth<T>], double (&second)[kWidth<T>]) {
+    constexpr int64_t lanes = kWidth<T>;
     for (int64_t l = 0; l < lanes; ++l) first[l] = second[l] = 0;
     for (int64_t j = 0; j < p.slots; j += kBlock) {
         const T* const at = odds + j * lanes;
@@ -308,7 +244,7 @@ void sum_odds(const Problem& p, const T* odds, double (&first)[kLanes<T>], doubl
 
 template <class T>
 LIBI_INLINE void leave_out(const Problem& p, int64_t row, T* odds, T value) {
-    constexpr int64_t lanes = kLanes<T>;
+    constexpr int64_t lanes = kWidth<T>;
     for (int64_t l = 0; l < lanes; ++l) odds[(p.counts(row + l) ? row + l : p.origin) * lanes + l] = value;
     for (int64_t b = 0; b < p.blanks; ++b)
         for (int64_t l = 0; l < lanes; ++l) odds[p.blank[b] * lanes + l] = value;
@@ -317,7 +253,7 @@ LIBI_INLINE void leave_out(const Problem& p, int64_t row, T* odds, T value) {
 // x_j = slope (D_j - extreme_l) <= 0 -> probabilities p = sigmoid(x + t) with a sum within 1/4 of k, and 1 - p.
 template <class T>
 void tilt(const Problem& p, Space<T>& s, int64_t row, double slope, const T* extreme) {
-    constexpr int64_t lanes = kLanes<T>;
+    constexpr int64_t lanes = kWidth<T>;
     constexpr double minus_infinity = -std::numeric_limits<double>::infinity();
     double sum[lanes] = {}, far[lanes] = {}, least[lanes] = {}, low[lanes], high[lanes], t[lanes];
     T* const x = s.odds;
@@ -376,10 +312,10 @@ void tilt(const Problem& p, Space<T>& s, int64_t row, double slope, const T* ext
 
 // Adds an alpha's share of E, of the lanes that are wanted.
 template <class T>
-void add_excess(const Problem& p, Space<T>& s, int64_t row, const double (&first)[kLanes<T>],
-                const double (&second)[kLanes<T>], const bool (&wanted)[kLanes<T>], bool all_wanted) {
+void add_excess(const Problem& p, Space<T>& s, int64_t row, const double (&first)[kWidth<T>],
+                const double (&second)[kWidth<T>], const bool (&wanted)[kWidth<T>], bool all_wanted) {
     using V = Vector<T>;
-    constexpr int64_t lanes = kLanes<T>;
+    constexpr int64_t lanes = kWidth<T>;
     const double k = static_cast<double>(p.k), others = static_cast<double>(p.n() - 1);
     const double weight = 1 / static_cast<double>(p.num_alphas);
     T factor[lanes], mask[lanes];
@@ -404,7 +340,7 @@ void add_excess(const Problem& p, Space<T>& s, int64_t row, const double (&first
 template <class T>
 bool run_group(const Problem& p, Space<T>& s, int64_t row) {
     using V = Vector<T>;
-    constexpr int64_t lanes = kLanes<T>;
+    constexpr int64_t lanes = kWidth<T>;
     constexpr bool single = sizeof(T) == 4;
     T* const distance = s.distance;
     T* const odds = s.odds;
@@ -502,14 +438,14 @@ bool run(const Problem& p, Space<T>& s, const Given* z, double& statistic) {
         }
     statistic = finite ? 0 : std::numeric_limits<double>::quiet_NaN();
     if (!finite || p.k == 0) return true;
-    for (int64_t row = 0; row < p.slots; row += kLanes<T>)
+    for (int64_t row = 0; row < p.slots; row += kWidth<T>)
         if (!run_group(p, s, row)) return false;
     // Slots that no point fills.
     for (int64_t j = 0; j < p.stride; ++j)
         if (!p.counts(j))
             for (int64_t i = 0; i < p.stride; ++i) s.excess[j * p.stride + i] = 0;
     for (int64_t j = 0; j < p.slots; ++j)
-        for (int64_t i = round_up(p.slots, kLanes<T>); i < p.stride; ++i) s.excess[j * p.stride + i] = 0;
+        for (int64_t i = round_up(p.slots, kWidth<T>); i < p.stride; ++i) s.excess[j * p.stride + i] = 0;
 
     double between = 0, columns = 0, pairs = 0;
     for (int64_t i = 0; i < p.slots; ++i) between += s.row[i];

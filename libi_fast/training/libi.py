@@ -138,7 +138,9 @@ class LiBI(Method):
 
     def step1_terms(self, replicas: Replicas, rows: Rows, step: int = 0) -> Terms:
         """The terms of step 1's objective as published on rows of x, each [R]: this process's shares."""
-        z = replicas.codes(rows.values)
+        return self._published_terms(replicas, rows, replicas.codes(rows.values), step)
+
+    def _published_terms(self, replicas: Replicas, rows: Rows, z: Tensor, step: int) -> Terms:
         return {"reconstruction": -rows.mean(replicas.log_prob(rows.values, z)), **self._code_terms(replicas, rows, z, step)}
 
     def _code_terms(self, replicas: Replicas, rows: Rows, z: Tensor, step: int) -> Terms:
@@ -160,6 +162,8 @@ class LiBI(Method):
 
     def _constrained(self, terms: Terms, run: Run, rows: Rows, z: Tensor, step: int) -> Terms:
         """The terms, and the penalties of ``constraints``; one whose name is taken is told apart by its number."""
+        if not self.settings["constraints"]:
+            return terms
         context = Step1(run.replicas, rows, z, run.seed, step)
         for i, constraint in enumerate(self.settings["constraints"]):
             violation = constraint.violation(context)
@@ -171,12 +175,8 @@ class LiBI(Method):
         return terms
 
     def _joint(self, run: Run, rows: Rows, step: int) -> Terms:
-        terms = self.step1_terms(run.replicas, rows, step)
-        return (
-            self._constrained(terms, run, rows, run.replicas.codes(rows.values), step)
-            if self.settings["constraints"]
-            else terms
-        )
+        z = run.replicas.codes(rows.values)
+        return self._constrained(self._published_terms(run.replicas, rows, z, step), run, rows, z, step)
 
     def _importance(self, run: Run, rows: Rows, step: int) -> Terms:
         samples = self.settings["num_samples"] if step != VALIDATION_DRAWS else VALIDATION_SAMPLES
@@ -223,12 +223,12 @@ class LiBI(Method):
             return [*stages, phase("step 1", epochs, halving=True)]
         stages += [phase("step 1, joint", epochs // 2, halving=True)]
         if s["step1"] == "importance":
-            stages += [self._start_std(run)]
+            stages += [self._start_std()]
         return [*stages, phase("step 1", epochs - epochs // 2, s["step1"])]
 
     # --- step 2 ---
 
-    def _start_std(self, run: Run) -> Stage:
+    def _start_std(self) -> Stage:
         return lambda run: start_std(run.replicas, lambda: elbo_at_start(run), self.settings["initial_std"])
 
     def _step2(self, run: Run, epochs: int, first: bool) -> list[Stage]:
@@ -237,7 +237,7 @@ class LiBI(Method):
         if first and run.replicas.template.encoder is not None:
             stages += [lambda run: copy_encoder(run.replicas, self.model.latent_dim)]
         if first and not run.options.warm_start and s["step1"] != "importance":
-            stages += [self._start_std(run)]
+            stages += [self._start_std()]
 
         def terms(rows: Rows, samples: int, step: int) -> Terms:
             if s["step2"] == "elbo":
