@@ -18,7 +18,7 @@ from typing import Any
 import torch  # also first for its OpenMP runtime, which the library then shares
 from torch import Tensor
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _MASK = 2**64 - 1
 _ERRORS = {
     1: "a size is negative, zero where it must not be, or too large",
@@ -36,6 +36,25 @@ _SIGNATURES = {
     "henze_zirkler_pairs": [_Pointer, _Int64, _Int64, _Int64, _Double, _Int, _Int, _Pointer, _Pointer],
     "smooth_knn": [_Pointer, *[_Int64] * 5, _Pointer, _Int64, _Int, _Pointer],
 }
+
+
+class _Importance(ctypes.Structure):
+    """``Importance`` of entry_points.hpp."""
+
+    _fields_ = [
+        *((name, _Int64) for name in ("replicas", "rows", "samples", "layers")),
+        ("widths", _Pointer), ("activations", _Pointer), ("variances", _Int64), ("tail", _Int64),
+        ("x", _Pointer), ("mean", _Pointer), ("log_scale", _Pointer), ("x_stride", _Int64),
+        *((name, _Pointer) for name in ("weights", "biases", "weight_strides", "bias_strides", "variance")),
+        ("variance_stride", _Int64), ("seed", ctypes.c_uint64), ("replica_ids", _Pointer),
+        *((name, _Int64) for name in ("first_row", "repetition", "stream", "threads")),
+        *((name, _Pointer) for name in ("log_likelihood", "effective", "top")),
+        ("kind", _Int64),
+        *((name, _Pointer) for name in ("grad", "to_x", "to_variance", "to_mean", "to_log_scale", "to_weights", "to_biases")),
+    ]  # fmt: skip
+
+
+_SIGNATURES |= {name: [ctypes.POINTER(_Importance)] for name in ("importance", "importance_backward")}
 _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64", torch.int64: ""}
 
 
@@ -207,3 +226,95 @@ def smooth_knn(z: Tensor, n1: int, k: int, alphas: Sequence[float]) -> Tensor:
     sizes = (replicas, n1, n - n1, d, k)
     _call("smooth_knn", z.dtype, z.data_ptr(), *sizes, chosen, len(alphas), torch.get_num_threads(), out.data_ptr())
     return out
+
+
+_ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "softplus", "silu", "gelu", "cube", "leaky_relu", "elu")
+_GRADIENTS = ("reparameterized", "sticking-the-landing", "doubly-reparameterized")
+
+
+class _ImportanceCall:
+    """The arguments of an importance kernel, with the tensors and arrays that its pointers point into kept alive."""
+
+    def __init__(self, x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any, draws: Any, num_samples: int, tail: int):
+        self.dtype = mean.dtype
+        replicas, rows, _ = mean.shape
+        layers = len(decoder.weights)
+        self._kept: list[Any] = []
+        variance = decoder.variance.contiguous()
+        self._struct = _Importance(
+            replicas, rows, num_samples, layers,
+            widths=self._integers(decoder.widths),
+            activations=self._integers([_ACTIVATIONS.index(name) for name in decoder.activations]),
+            variances=variance.shape[-1] if decoder.likelihood == "gaussian" else 0,
+            tail=tail,
+            x=self._tensor(x), mean=self._tensor(mean), log_scale=self._tensor(log_scale), x_stride=_stride(x),
+            weights=self._tensors(decoder.weights), biases=self._tensors(decoder.biases),
+            weight_strides=self._integers([_stride(w) for w in decoder.weights]),
+            bias_strides=self._integers([0 if b is None else _stride(b) for b in decoder.biases]),
+            variance=self._tensor(variance), variance_stride=_stride(variance),
+            seed=int(draws.seed) & _MASK, replica_ids=self._tensor(draws.replicas.to("cpu", torch.int64)),
+            first_row=draws.first_row, repetition=draws.repetition, stream=draws.stream, threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _tensor(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _integers(self, values: Sequence[int]) -> Any:
+        return self._array(_Int64, values)
+
+    def _tensors(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self._array(_Pointer, [self._tensor(t) for t in tensors])
+
+    def _array(self, kind: Any, values: Sequence[Any]) -> Any:
+        self._kept.append((kind * len(values))(*values))
+        return ctypes.cast(self._kept[-1], _Pointer)
+
+    def run(self, name: str, **tensors: Tensor | Sequence[Tensor | None] | None) -> None:
+        for field, value in tensors.items():
+            pointer = self._tensor(value) if value is None or isinstance(value, Tensor) else self._tensors(value)
+            setattr(self._struct, field, pointer)
+        _call(name, self.dtype, ctypes.byref(self._struct))
+
+
+def _stride(tensor: Tensor) -> int:
+    """From one replica to the next, in a contiguous copy; 0 where all share it."""
+    return 0 if tensor.shape[0] == 1 else tensor[0].numel()
+
+
+def importance(
+    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any, draws: Any, num_samples: int, tail: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``kernels.importance.reference.forward``; tiles are fixed, so there is no chunk size."""
+    shape = mean.shape[:2]
+    log_likelihood, effective = mean.new_empty(shape), mean.new_empty(shape)
+    top = mean.new_empty((*shape, tail))
+    call = _ImportanceCall(x, mean, log_scale, decoder, draws, num_samples, tail)
+    call.run("importance", log_likelihood=log_likelihood, effective=effective, top=top)
+    return log_likelihood, effective, top
+
+
+def importance_backward(
+    grad: Tensor, log_likelihood: Tensor, x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any, draws: Any,
+    num_samples: int, kind: str, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """As ``kernels.importance.reference.backward``; ``wanted``: x and the variance (zeros where they are not)."""
+    replicas, rows, _ = mean.shape
+    make = mean.new_empty if rows else mean.new_zeros
+    want_x, want_variance = wanted[0], wanted[1] and decoder.likelihood == "gaussian"
+    to_x = make((replicas, rows, x.shape[-1])) if want_x else mean.new_zeros(x.shape)
+    to_mean, to_log_scale = mean.new_empty(mean.shape), mean.new_empty(mean.shape)
+    to_weights = [make((replicas, *w.shape[1:])) for w in decoder.weights]
+    to_biases = [make((replicas, w.shape[1])) for w in decoder.weights]
+    shape = (replicas, *decoder.variance.shape[1:])
+    to_variance = make(shape) if want_variance else mean.new_zeros(shape)
+    call = _ImportanceCall(x, mean, log_scale, decoder, draws, num_samples, 0)
+    call._struct.kind = _GRADIENTS.index(kind)
+    call.run(
+        "importance_backward", grad=grad, log_likelihood=log_likelihood, to_x=to_x if want_x else None,
+        to_variance=to_variance if want_variance else None, to_mean=to_mean, to_log_scale=to_log_scale, to_weights=to_weights,
+        to_biases=[b if had is not None else None for b, had in zip(to_biases, decoder.biases, strict=True)],
+    )  # fmt: skip
+    return to_x, to_mean, to_log_scale, to_weights, to_biases, to_variance

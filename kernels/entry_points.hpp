@@ -11,6 +11,43 @@
         int64_t count, int64_t repetition, int64_t stream, int num_threads
 #define LIBI_DRAWS_ARGUMENTS seed, replicas, num_replicas, first_row, rows, first, count, repetition, stream, num_threads
 
+namespace libi {
+
+// The arguments of the importance kernels. T is float or double by the entry point's name. Tensors are contiguous, with
+// replicas in front; a stride counts values from one replica to the next and is 0 where all share them.
+struct Importance {
+    // sizes
+    int64_t replicas, rows, samples, layers;
+    const int64_t* widths;       // [layers + 1], from latents to outputs
+    const int64_t* activations;  // [layers]: identity relu tanh sigmoid softplus silu gelu cube leaky_relu elu
+    int64_t variances;           // 0: Bernoulli; 1 or outputs: Gaussian
+    int64_t tail;                // how many of the largest log-weights of a row are kept
+    // tensors
+    const void *x, *mean, *log_scale;        // [replicas, rows, outputs], [replicas, rows, latents] twice
+    int64_t x_stride;
+    const void* const* weights;              // [layers] of [out, in]
+    const void* const* biases;               // [layers] of [out], or null
+    const int64_t *weight_strides, *bias_strides;
+    const void* variance;                    // [variances]
+    int64_t variance_stride;
+    // random numbers
+    uint64_t seed;
+    const int64_t* replica_ids;              // [replicas]
+    int64_t first_row, repetition, stream;
+    int64_t threads;
+    // forward: results; backward: log_likelihood is an argument
+    void *log_likelihood, *effective, *top;  // [replicas, rows] twice, [replicas, rows, tail]
+    // backward
+    int64_t kind;                            // reparameterized, sticking-the-landing, doubly-reparameterized
+    const void* grad;                        // [replicas, rows]
+    void *to_x, *to_variance;                // [replicas, rows, outputs], [replicas, variances]; null: not wanted
+    void *to_mean, *to_log_scale;
+    void* const* to_weights;                 // [layers] of [replicas, out, in]
+    void* const* to_biases;                  // [layers] of [replicas, out], or null
+};
+
+}  // namespace libi
+
 #define LIBI_ENTRY_POINTS(X)                                                                                          \
     X(philox_words, (LIBI_DRAWS, int64_t *out), (LIBI_DRAWS_ARGUMENTS, out))                                          \
     X(philox_uniform_f32, (LIBI_DRAWS, float *out), (LIBI_DRAWS_ARGUMENTS, out))                                      \
@@ -44,7 +81,11 @@
     X(smooth_knn_f64,                                                                                                 \
       (const double *z, int64_t replicas, int64_t n1, int64_t n2, int64_t d, int64_t k, const double *alphas,         \
        int64_t num_alphas, int num_threads, double *out),                                                             \
-      (z, replicas, n1, n2, d, k, alphas, num_alphas, num_threads, out))
+      (z, replicas, n1, n2, d, k, alphas, num_alphas, num_threads, out))                                              \
+    X(importance_f32, (const Importance *call), (call))                                                               \
+    X(importance_f64, (const Importance *call), (call))                                                               \
+    X(importance_backward_f32, (const Importance *call), (call))                                                      \
+    X(importance_backward_f64, (const Importance *call), (call))
 
 namespace libi {
 

@@ -148,7 +148,19 @@ LIBI_INLINE void philox_tile(PhiloxKey key, const Counters& at, Words& out) {
 }
 #endif
 
-// out[4 lane + i]: draw i of each lane's block.
+// out[i][lane]: draw i of each lane's block.
+template <class T>
+LIBI_INLINE void normal_lanes(PhiloxKey key, const Counters& at, T (*out)[kLanes]) {
+    Words w;
+    philox_tile(key, at, w);
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+        normal_pair(w.word[0][lane], w.word[1][lane], out[0][lane], out[1][lane]);
+        normal_pair(w.word[2][lane], w.word[3][lane], out[2][lane], out[3][lane]);
+    }
+}
+
+// out[4 lane + i], likewise.
 template <class T>
 LIBI_INLINE void normal_tile(PhiloxKey key, const Counters& at, T* out) {
     Words w;

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from libi_fast.errors import InputError
+from libi_fast.kernels import cpu as native
 from libi_fast.kernels.importance import reference
 from libi_fast.kernels.importance.reference import (
     GRADIENTS,
@@ -121,6 +122,19 @@ def _shared(x, to_x, to_mean, to_scale, parameters, to_parameters, variance, to_
     )  # fmt: skip
 
 
+def _cpu_forward(x, mean, log_scale, *rest):
+    decoder, chosen, draws = _unpack(*rest)
+    return native.importance(x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.tail)
+
+
+def _cpu_backward(grad, log_likelihood, wanted, x, mean, log_scale, parameters, *rest):
+    decoder, chosen, draws = _unpack(parameters, *rest)
+    to_x, to_mean, to_scale, to_weights, to_biases, to_variance = native.importance_backward(
+        grad, log_likelihood, x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.gradient, wanted
+    )
+    return _shared(x, to_x, to_mean, to_scale, parameters, _flat(to_weights, to_biases, rest[2]), rest[0], to_variance)
+
+
 def _triton_forward(x, mean, log_scale, *rest):
     from libi_fast.kernels.importance import gpu
 
@@ -210,7 +224,7 @@ def _vmap_backward(info: Any, in_dims: Any, *arguments: Any) -> Any:
 _forward = lib.define(
     "importance",
     f"(Tensor x, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}{_DRAWS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    {"reference": _reference_forward, "triton": _triton_forward},
+    {"reference": _reference_forward, "cpu": _cpu_forward, "triton": _triton_forward},
     _fake_forward,
     _vmap_forward,
     {"triton": _float32_only},
@@ -219,7 +233,7 @@ _backward = lib.define(
     "importance_backward",
     f"(Tensor grad, Tensor log_likelihood, bool[] wanted, Tensor x, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}"
     f"{_DRAWS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
-    {"reference": _reference_backward, "triton": _triton_backward},
+    {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward},
     _fake_backward,
     _vmap_backward,
     {"triton": _float32_only},
