@@ -1,4 +1,4 @@
-"""The C++ importance kernels: against the reference in float64 and float32, the same bits whatever shares the work, bad calls."""
+"""The C++ importance kernels: against the reference in float64 and float32, the same bits whatever shares the work."""
 
 from __future__ import annotations
 
@@ -310,7 +310,8 @@ def call(p: Problem, **fields: Any) -> None:
     ("fields", "message"),
     [
         ({"samples": 0}, "size"), ({"replicas": -1}, "size"), ({"rows": -1}, "size"), ({"layers": 0}, "size"),
-        ({"tail": -1}, "size"), ({"variances": 2}, "size"), ({"first_row": 2**32 - 2}, "counter"), ({"first_row": -1}, "counter"),
+        ({"tail": -1}, "size"), ({"variances": 2}, "size"),
+        ({"first_row": 2**32 - 2}, "counter"), ({"first_row": -1}, "counter"),
         ({"repetition": 2**32}, "counter"), ({"stream": 256}, "counter"), ({"samples": 2**62}, "counter"),
     ],
 )  # fmt: skip
