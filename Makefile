@@ -1,11 +1,11 @@
-# make demo | test | test-triton | lint | bench | gpu | clean.  Each makes .venv itself; PYTHON=... chooses the interpreter for it.
+# make demo | test | test-triton | sanitize | lint | bench | gpu | clean.  Each makes .venv itself; PYTHON=... chooses the interpreter for it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help install demo test test-triton lint bench gpu clean distclean
+.PHONY: help install demo test test-triton sanitize lint bench gpu clean distclean
 
 help:
 	@sed -n 1p Makefile | cut -c 3-
@@ -37,6 +37,23 @@ test-triton: $(STAMP)
 		$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(OTHER) triton==$(VERSION)
 	@PYTHONPATH=$(OTHER) $(BIN)/python -c 'import triton; found = triton.__version__; assert found == "$(VERSION)", f"this is Triton {found}"'
 	@PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -q tests/test_triton_compile.py $(ARGS)
+
+# The C++ kernels, first with AddressSanitizer and UndefinedBehaviorSanitizer, then with ThreadSanitizer: random calls
+# (make sanitize FUZZ="--seconds 600 --seed 7"), then their tests. Leaks are looked for in the calls, not in Python.
+FUZZ := --seconds 60
+PRELOAD_address := libasan.so libstdc++.so
+PRELOAD_thread := libtsan.so
+export ASAN_OPTIONS := detect_leaks=0 allocator_may_return_null=1
+export TSAN_OPTIONS := ignore_noninstrumented_modules=1 halt_on_error=1
+sanitize: sanitize-address sanitize-thread
+
+sanitize-%: $(STAMP)
+	@command -v cmake > /dev/null || { echo "make sanitize needs cmake and GCC with its sanitizers (Debian: apt-get install cmake g++)"; exit 1; }
+	@cmake -S . -B build/sanitize/$* -DLIBI_SANITIZE=$* -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_COMPILER=$(CXX) > /dev/null
+	@cmake --build build/sanitize/$* --parallel 2
+	env -u ASAN_OPTIONS -u TSAN_OPTIONS build/sanitize/$*/libi_fuzz $(FUZZ)
+	LD_PRELOAD="$(foreach name,$(PRELOAD_$*),$(shell $(CXX) -print-file-name=$(name)))" LIBI_FAST_LIBRARY=build/sanitize/$*/libi_kernels.so \
+		$(BIN)/python -m pytest -q --capture=sys -m "not slow" tests/test_native_*.py $(ARGS)
 
 # Type checkers do not follow an editable install, and the kernels are a folder elsewhere until installed: mypy reads
 # a copy laid out as installed. It is made anew each time, so that no deleted file lingers.

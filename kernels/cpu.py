@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -59,7 +60,10 @@ _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64", torch.int64: ""}
 
 
 def _candidates() -> list[Path]:
-    """Where the library may lie: an editable install keeps it in site-packages, away from this file."""
+    """Where the library may lie: an editable install keeps it in site-packages, away from this file. LIBI_FAST_LIBRARY names
+    another build, such as one with a sanitizer."""
+    if chosen := os.environ.get("LIBI_FAST_LIBRARY"):
+        return [Path(chosen)]
     package = sys.modules.get(__package__ or "")
     folders = [Path(__file__).parent, *(Path(p) for p in getattr(package, "__path__", []))]
     suffix = ".dll" if sys.platform == "win32" else ".so"

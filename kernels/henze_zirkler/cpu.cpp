@@ -20,6 +20,7 @@
 #include "../elementary.hpp"
 #include "../entry_points.hpp"
 #include "../registers.hpp"
+#include "../sizes.hpp"
 
 namespace libi {
 namespace LIBI_ISA {
@@ -294,7 +295,9 @@ int forward(const T* y, int64_t replicas, int64_t n, int64_t d, double beta, int
             double* pairs, T* sums) {
     constexpr int64_t lanes = Type<T>::lanes;
     constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));  // numbers in a cache line
-    if (replicas < 0 || n < 1 || d < 1) return kBadSize;
+    constexpr int64_t most = int64_t{1} << 31;  // so that n^2 fits
+    if (replicas < 0 || n < 1 || d < 1 || n > most || d > most) return kBadSize;
+    if (!fits(8, replicas, n, d + 1) || !fits(8, 16, n + 32, d + 1)) return kBadSize;  // and 16 parts' totals
     if (replicas == 0) return kOk;
     const double scale = beta * 0.84932180028801904272;  // sqrt(log2(e) / 2)
     const int64_t strips = (n + lanes - 1) / lanes;
@@ -306,8 +309,8 @@ int forward(const T* y, int64_t replicas, int64_t n, int64_t d, double beta, int
     const auto run = gradient ? run_part<T, true> : run_part<T, false>;
 
     const bool whole = parts == 1;  // replicas are shared out among the threads, else the parts of one after another
-    const bool shared = replicas * (n * n / 2) >= kWorthThreads;
-    const int64_t threads = shared && num_threads > 1 ? least(num_threads, whole ? replicas : parts) : 1;
+    const bool shared = n * n / 2 >= (kWorthThreads + replicas - 1) / replicas;
+    const int64_t threads = shared && num_threads > 1 ? least(team(num_threads), whole ? replicas : parts) : 1;
     const int64_t size_u = d * stride;
     const int64_t size_columns = gradient ? components * tile * lanes : 0;
     const int64_t size_kernel = gradient ? kRows * tile * lanes : 0;

@@ -171,9 +171,10 @@ int forward(const Importance& call) {
     const int64_t groups = call.replicas * plan.groups, tail = call.tail;
     if (groups == 0) return kOk;
     const int64_t segments = pieces(call.samples, kSegment);
-    const bool cut = segments > 1 && groups < kFewRows * call.threads;
+    const bool cut = segments > 1 && groups < kFewRows * plan.threads;
     const int64_t tasks = cut ? groups * segments : groups;
-    const int64_t threads = call.threads > 1 ? smaller(call.threads, tasks) : 1;
+    const int64_t threads = smaller(plan.threads, tasks);
+    if (!fits(sizeof(T), tasks, tail)) return kOutOfMemory;
     const int64_t room = Largest<T>::capacity(tail);
     const std::unique_ptr<Space<T>[]> spaces(new (std::nothrow) Space<T>[static_cast<size_t>(threads)]);
     const std::unique_ptr<Sums<T>[]> sums(new (std::nothrow) Sums<T>[static_cast<size_t>(cut ? tasks : 0)]);

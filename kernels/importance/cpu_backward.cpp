@@ -243,7 +243,7 @@ int backward(const Importance& call) {
     for (int64_t i = 0; i < call.layers; ++i)
         size += Arena<T>::line(outer_of(plan, i).size()), units += plan.shapes[i].units;
     const int64_t parts = parts_of(plan.groups, plan.tiles), all = call.replicas * parts;
-    const int64_t threads = call.threads > 1 ? smaller(call.threads, all) : 1;
+    const int64_t threads = smaller(plan.threads, all);
     const int64_t fit = smaller(all, kPartsBytes / (size * static_cast<int64_t>(sizeof(T))));
     const int64_t wave = fit > threads ? fit : threads;
     const int64_t slopes = call.variances + 1;  // of the variances, and the sum of shares

@@ -4,12 +4,14 @@
 // on its own lane alone, so that its place in a tile, the other rows of a call and the threads move no bit of them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <new>
 
 #include "../entry_points.hpp"
 #include "../random/cpu.hpp"
+#include "../sizes.hpp"
 #include "cpu_layers.hpp"
 
 namespace libi {
@@ -51,22 +53,25 @@ struct Plan {
     int64_t groups;              // of so many rows
     int64_t tiles;               // of a group
     int64_t own;                 // replicas with parameters of their own, or 1
+    int64_t threads;
     int64_t size_packed = 0, size_turned = 0;
     std::unique_ptr<Shape[]> shapes;
     std::unique_ptr<int64_t[]> packed_from, turned_from;  // of each layer
     Arena<T> packed, turned, precision;                    // precision: 1 / (2 variance) [own][outputs]
     std::unique_ptr<T[]> constant;                         // of log p(x | z) [own]
 
-    explicit Plan(const Importance& c) : call(c) {}
+    explicit Plan(const Importance& c) : call(c), threads(team(c.threads)) {}
 
     int check() {
         if (call.replicas < 0 || call.rows < 0 || call.samples < 1 || call.layers < 1 || call.tail < 0) return kBadSize;
+        if (call.layers > (int64_t{1} << 16)) return kBadSize;
         for (int64_t i = 0; i <= call.layers; ++i)
             if (call.widths[i] < 1 || call.widths[i] > (int64_t{1} << 31)) return kBadSize;
         for (int64_t i = 0; i < call.layers; ++i)
             if (call.activations[i] < 0 || call.activations[i] >= kActivations) return kBadSize;
         latents = call.widths[0], outputs = call.widths[call.layers];
         if (call.variances != 0 && call.variances != 1 && call.variances != outputs) return kBadSize;
+        if (!sizes_fit()) return kBadSize;
         if (call.samples > 4 * kWords / latents) return kCounterOverflow;
         if (call.first_row < 0 || call.first_row > kWords - call.rows) return kCounterOverflow;
         if (call.repetition < 0 || call.repetition >= kWords) return kCounterOverflow;
@@ -74,6 +79,18 @@ struct Plan {
         for (int64_t r = 0; r < call.replicas; ++r)
             if (call.replica_ids[r] < 0 || call.replica_ids[r] >= (int64_t{1} << 24)) return kCounterOverflow;
         return kOk;
+    }
+
+    // Whether all arrays, in the layouts of cpu_layers.hpp with their padding, have sizes within int64.
+    bool sizes_fit() const {
+        int64_t numbers = 0, across = 1;
+        for (int64_t i = 0; i < call.layers; ++i) {
+            const int64_t layer = (call.widths[i + 1] + 64) * (call.widths[i] + 64) + kLaneWeights * 64;
+            if (layer > std::numeric_limits<int64_t>::max() - numbers) return false;
+            numbers += layer, across = std::max({across, call.widths[i], call.widths[i + 1]});
+        }
+        return fits(8, call.replicas, numbers) && fits(8, kMostThreads, numbers) && fits(8, call.replicas, call.rows, across) &&
+               fits(16, call.replicas, call.rows, call.tail) && fits(8, call.replicas, call.rows, call.samples);
     }
 
     int make(bool backward) {
@@ -99,8 +116,7 @@ struct Plan {
         constant.reset(new (std::nothrow) T[static_cast<size_t>(own + 1)]);
         if (!packed.make(own * size_packed) || !precision.make(own * outputs) || !constant) return kOutOfMemory;
         if (backward && !turned.make(own * size_turned)) return kOutOfMemory;
-        const int threads = static_cast<int>(call.threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (own > 1)
+        #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (own > 1)
         for (int64_t r = 0; r < own; ++r) pack_replica(r, backward);
         return kOk;
     }

@@ -15,6 +15,7 @@
 
 #include "../elementary.hpp"
 #include "../entry_points.hpp"
+#include "../sizes.hpp"
 
 namespace libi {
 namespace LIBI_ISA {
@@ -94,18 +95,18 @@ double finish(Sum total, int64_t samples) {
 
 template <class T>
 int forward(const T* x, int64_t rows, int64_t samples, int num_threads, T* out) {
-    if (rows < 0 || samples < 1) return kBadSize;
+    if (rows < 0 || samples < 1 || !fits(sizeof(T), rows, samples)) return kBadSize;
     const int64_t segments = (samples + kSegment - 1) / kSegment;
     [[maybe_unused]] const bool shared = rows > 0 && samples > kWorthThreads / rows;
     if (segments == 1) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (shared)
+#pragma omp parallel for schedule(static) num_threads(team(num_threads)) if (shared)
         for (int64_t r = 0; r < rows; ++r)
             out[r] = static_cast<T>(finish(sum_segment(x + r * samples, samples), samples));
         return kOk;
     }
     const std::unique_ptr<Sum[]> part(new (std::nothrow) Sum[static_cast<size_t>(rows * segments)]);
     if (!part) return kOutOfMemory;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (shared)
+#pragma omp parallel for schedule(static) num_threads(team(num_threads)) if (shared)
     for (int64_t i = 0; i < rows * segments; ++i) {
         const int64_t begin = i % segments * kSegment;
         const int64_t left = samples - begin;
@@ -132,11 +133,11 @@ void infinite_row(T grad, const T* row, int64_t samples, const T* from, int64_t 
 
 template <class T>
 int backward(const T* grad, const T* x, const T* out, int64_t rows, int64_t samples, int num_threads, T* grad_x) {
-    if (rows < 0 || samples < 0) return kBadSize;
+    if (rows < 0 || samples < 0 || !fits(sizeof(T), rows, samples)) return kBadSize;
     if (rows == 0 || samples == 0) return kOk;
     const int64_t segments = (samples + kSegment - 1) / kSegment;
     [[maybe_unused]] const bool shared = samples > kWorthThreads / rows;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (shared)
+#pragma omp parallel for schedule(static) num_threads(team(num_threads)) if (shared)
     for (int64_t i = 0; i < rows * segments; ++i) {
         const int64_t r = i / segments;
         const int64_t begin = i % segments * kSegment;

@@ -5,6 +5,7 @@
 #include "cpu.hpp"
 
 #include "../entry_points.hpp"
+#include "../sizes.hpp"
 
 namespace libi {
 namespace LIBI_ISA {
@@ -24,6 +25,7 @@ int check(const Span& span) {
     if (span.first_draw < 0 || span.first_draw > 4 * kWords - span.draws) return kCounterOverflow;
     if (span.repetition < 0 || span.repetition >= kWords) return kCounterOverflow;
     if (span.stream < 0 || span.stream >= 256) return kCounterOverflow;
+    if (!fits(8, span.num_replicas, span.rows, span.draws + 7)) return kBadSize;  // up to 7 more are made than kept
     for (int64_t r = 0; r < span.num_replicas; ++r)
         if (span.replicas[r] < 0 || span.replicas[r] >= (int64_t{1} << 24)) return kCounterOverflow;
     return kOk;
@@ -38,12 +40,11 @@ int fill(uint64_t seed, const Span& span, int num_threads, T* out, MakeTile make
     const int64_t skipped = span.first_draw % 4;  // draws of the first block that were not asked for
     const int64_t blocks = (skipped + span.draws + 3) / 4;
     const int64_t lines = span.num_replicas * span.rows;
-    if (lines > std::numeric_limits<int64_t>::max() / (4 * blocks)) return kBadSize;
     const int64_t total = lines * blocks;
     const int64_t per_task = kTilesPerTask * kLanes;
     const int64_t tasks = (total + per_task - 1) / per_task;
 
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (tasks > 1)
+#pragma omp parallel for schedule(static) num_threads(team(num_threads)) if (tasks > 1)
     for (int64_t task = 0; task < tasks; ++task) {
         Counters at;
         at.repetition = static_cast<uint32_t>(span.repetition);

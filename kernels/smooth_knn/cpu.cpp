@@ -26,6 +26,7 @@
 #include "../elementary.hpp"
 #include "../entry_points.hpp"
 #include "../registers.hpp"
+#include "../sizes.hpp"
 
 namespace libi {
 namespace LIBI_ISA {
@@ -487,6 +488,7 @@ int forward(const T* z, int64_t replicas, int64_t n1, int64_t n2, int64_t d, int
     constexpr int64_t most = int64_t{1} << 28;
     if (replicas < 0 || n1 < 2 || n2 < 2 || d < 1 || k < 1 || num_alphas < 1) return kBadSize;
     if (n1 > most || n2 > most || d > most || k > n1 + n2 - 1) return kBadSize;
+    if (!fits(8, replicas, n1 + n2, d) || !fits(8, num_alphas)) return kBadSize;
     if (replicas == 0) return kOk;
     Problem p{};
     const int64_t others = n1 + n2 - 1;
@@ -496,7 +498,7 @@ int forward(const T* z, int64_t replicas, int64_t n1, int64_t n2, int64_t d, int
     if (!p.arrange()) return kOutOfMemory;
     std::atomic<int64_t> next{0};
     std::atomic<int> error{kOk};
-    const int64_t threads = num_threads < 1 ? 1 : num_threads < replicas ? num_threads : replicas;
+    const int64_t threads = team(num_threads) < replicas ? team(num_threads) : replicas;
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
     for (int64_t slot = 0; slot < threads; ++slot) {
         Space<float> floats{};

@@ -1,0 +1,432 @@
+// Random calls of every entry point, for the sanitizers: libi_fuzz [--seconds 60] [--seed N] [--first C] [--cases M]
+//
+// A case follows from (seed, its number) alone: `--seed N --first C --cases 1` repeats case C. Arrays lie on the heap in
+// their exact size, so that AddressSanitizer sees one element too far. A call is made twice, with another number of threads
+// and other bytes in fresh memory: all elements must be written, and the same both times. Now and then a size or a counter
+// is bad, and the call must say so, or the kernel's memory is refused.
+//
+// A new entry point: a function `template <class T> void name(Case& c)`, and its line in kCases.
+#include <atomic>
+#include <chrono>
+#include <cinttypes>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <new>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "../../kernels/entry_points.hpp"
+
+extern "C" {
+const char* libi_isa();
+// All end in SIGABRT, whose handler says which case it was.
+const char* __asan_default_options() { return "abort_on_error=1"; }
+const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
+const char* __tsan_default_options() { return "abort_on_error=1:halt_on_error=1"; }
+}
+
+// --- the kernels' memory, new (std::nothrow): filled, bounded and, if asked, refused ---
+
+namespace {
+constexpr size_t kMostBytes = size_t{1} << 28;
+std::atomic<int> fill{0};
+std::atomic<int64_t> refused{-1};  // how many allocations until then; negative: never
+}  // namespace
+
+void* operator new[](size_t bytes, const std::nothrow_t&) noexcept {
+    if (bytes > kMostBytes || refused.fetch_sub(1) == 0) return nullptr;
+    void* const at = std::malloc(bytes);
+    if (at != nullptr) std::memset(at, fill, bytes);
+    return at;
+}
+void* operator new[](size_t bytes) {
+    if (void* const at = std::malloc(bytes)) return at;
+    throw std::bad_alloc();
+}
+void operator delete[](void* at) noexcept { std::free(at); }
+void operator delete[](void* at, size_t) noexcept { std::free(at); }
+void operator delete[](void* at, const std::nothrow_t&) noexcept { std::free(at); }
+
+namespace libi {
+namespace {
+
+struct Kernels {
+    const char* isa;
+#define LIBI_FIELD(name, parameters, arguments) int(*name) parameters;
+    LIBI_ENTRY_POINTS(LIBI_FIELD)
+};
+
+const Kernels kKernels[] = {
+#define LIBI_GENERIC(name, parameters, arguments) generic::name,
+    {"generic", LIBI_ENTRY_POINTS(LIBI_GENERIC)},
+#if defined(LIBI_X86_LEVELS)
+#define LIBI_V3(name, parameters, arguments) v3::name,
+#define LIBI_V4(name, parameters, arguments) v4::name,
+    {"v3", LIBI_ENTRY_POINTS(LIBI_V3)},
+    {"v4", LIBI_ENTRY_POINTS(LIBI_V4)},
+#endif
+};
+
+template <class T, class F32, class F64>
+auto of_type(F32 f32, F64 f64) {
+    if constexpr (std::is_same_v<T, float>) return f32;
+    else return f64;
+}
+
+// --- a case ---
+
+struct Running {
+    uint64_t seed;
+    int64_t number;
+    const char *name, *isa;
+} running;
+
+void say_which() {
+    std::fprintf(stderr, "libi_fuzz: in %s (%s), repeat with --seed %" PRIu64 " --first %" PRId64 " --cases 1\n",
+                 running.name, running.isa, running.seed, running.number);
+}
+
+[[noreturn]] void fail(const char* what, int64_t detail) {
+    std::fprintf(stderr, "libi_fuzz: %s (%" PRId64 ")\n", what, detail);
+    say_which();
+    std::exit(1);
+}
+
+class Case {
+public:
+    const Kernels& kernels;
+
+    Case(const Kernels& with, uint64_t seed, int64_t number) : kernels(with) {
+        std::seed_seq sequence{seed, seed >> 32, static_cast<uint64_t>(number)};
+        engine_.seed(sequence);
+    }
+
+    int64_t up_to(int64_t most) { return static_cast<int64_t>(engine_() % (static_cast<uint64_t>(most) + 1)); }
+    bool one_in(int64_t n) { return up_to(n - 1) == 0; }
+    template <class V>
+    V one_of(std::initializer_list<V> values) {
+        return values.begin()[up_to(static_cast<int64_t>(values.size()) - 1)];
+    }
+
+    // 0 .. most: anywhere, or near a width of registers, blocks and tiles.
+    int64_t size(int64_t most) {
+        if (one_in(2)) return up_to(one_in(2) ? most : most / 8);
+        const auto edge = one_of<int64_t>({1, 4, 6, 8, 14, 16, 32, 42, 64, 128, 512, 1024, 2048, 4096, 65536});
+        const int64_t near = (one_in(4) ? 2 * edge : edge) + up_to(2) - 1;
+        return near <= most ? near : up_to(most < 3 ? most : 3);
+    }
+
+    // A number of some kind: usual, huge, subnormal, or now and then a special one.
+    template <class T>
+    T number() {
+        using Limits = std::numeric_limits<T>;
+        if (specials_ && one_in(8))
+            return one_of<T>({Limits::quiet_NaN(), Limits::infinity(), -Limits::infinity(), Limits::max(), Limits::lowest(),
+                              Limits::min(), Limits::denorm_min(), -Limits::denorm_min(), T{0}, -T{0}});
+        return static_cast<T>(std::uniform_real_distribution<double>(-2, 2)(engine_) * scale_);
+    }
+
+    // An array of `count` numbers of one kind.
+    template <class T>
+    T* values(int64_t count) {
+        T* const at = array<T>(count);
+        specials_ = one_in(4);
+        scale_ = one_in(2) ? 1 : one_of<double>({1e-3, 30, 1e4, 1e30, 1e-40, 0});
+        for (int64_t i = 0; i < count; ++i) at[i] = number<T>();
+        return at;
+    }
+
+    template <class T>
+    T* array(int64_t count) {
+        T* const at = new T[static_cast<size_t>(count)];
+        kept_.emplace_back(reinterpret_cast<char*>(at), [](char* p) { delete[] reinterpret_cast<T*>(p); });
+        return at;
+    }
+
+    // An array of results, all of which the call must write.
+    template <class T>
+    T* result(int64_t count) {
+        T* const at = array<T>(count);
+        results_.push_back({reinterpret_cast<char*>(at), static_cast<size_t>(count) * sizeof(T)});
+        return at;
+    }
+
+    // Now and then makes one of `sizes` bad; a call that is not empty must then fail.
+    void spoil(std::initializer_list<int64_t*> sizes) {
+        if (!one_in(6)) return;
+        for (int64_t* const one : sizes) *one = *one < 1 ? 1 : *one;
+        constexpr int64_t most = std::numeric_limits<int64_t>::max();
+        *one_of(sizes) = one_of<int64_t>({-1, -most - 1, most, most - 1, most / 2, most / 2 + 1, -(int64_t{1} << 32)});
+        must_fail_ = true;
+    }
+    void must_fail() { must_fail_ = true; }
+
+    // Whether the call, given a number of threads, succeeded; it is made twice.
+    bool run(const std::function<int(int)>& call) {
+        const bool refuse = one_in(20);
+        const int64_t allocations = up_to(7);
+        std::vector<std::vector<char>> before;
+        for (int pass = 0; pass < 2; ++pass) {
+            fill = pass == 0 ? 0xff : 0x01;
+            for (const Result& one : results_) std::memset(one.at, fill, one.bytes);
+            refused = refuse ? allocations : -1;
+            const int threads = static_cast<int>(pass == 0 ? 1 : one_in(8) ? one_of<int64_t>({0, -1}) : 2 + up_to(1));
+            const int error = call(threads);
+            if (must_fail_ ? error == kOk : error != kOk && !(refuse && error == kOutOfMemory)) fail("unexpected result", error);
+            if (error != kOk) return false;
+            for (size_t i = 0; i < results_.size(); ++i) {
+                const Result& one = results_[i];
+                if (pass == 0) before.emplace_back(one.at, one.at + one.bytes);
+                else if (one.bytes > 0 && std::memcmp(before[i].data(), one.at, one.bytes) != 0)
+                    fail("results differ, or were not written: array", static_cast<int64_t>(i));
+            }
+        }
+        results_.clear();
+        return true;
+    }
+
+private:
+    struct Result {
+        char* at;
+        size_t bytes;
+    };
+    std::mt19937_64 engine_;
+    double scale_ = 1;
+    bool specials_ = false, must_fail_ = false;
+    std::vector<std::unique_ptr<char, void (*)(char*)>> kept_;
+    std::vector<Result> results_;
+};
+
+// --- the entry points ---
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
+
+struct Counters {
+    uint64_t seed;
+    int64_t *replicas, num_replicas, first_row, rows, first, count, repetition, stream;
+};
+
+// Of LIBI_DRAWS, all valid unless `unit` draws (4 for blocks) too many are asked for, say.
+Counters counters(Case& c, int64_t unit) {
+    constexpr int64_t words = int64_t{1} << 32, most = std::numeric_limits<int64_t>::max();
+    Counters at{};
+    at.seed = static_cast<uint64_t>(c.up_to(most));
+    at.num_replicas = c.size(4), at.rows = c.size(c.one_in(4) ? 600 : 20), at.count = c.size(c.one_in(4) ? 9000 : 300);
+    at.first_row = c.one_in(4) ? words - at.rows : c.up_to(words - at.rows);
+    at.first = c.one_in(4) ? 4 * words / unit - at.count : c.up_to(4 * words / unit - at.count);
+    at.repetition = c.one_of<int64_t>({0, 1, words - 1});
+    at.stream = c.one_of<int64_t>({0, 3, 255});
+    at.replicas = c.array<int64_t>(at.num_replicas);
+    for (int64_t r = 0; r < at.num_replicas; ++r) at.replicas[r] = c.one_of<int64_t>({0, 7, (1 << 24) - 1});
+    return at;
+}
+
+void spoil(Case& c, Counters& at) {
+    constexpr int64_t words = int64_t{1} << 32, most = std::numeric_limits<int64_t>::max();
+    if (c.one_in(10)) {
+        const auto bad = c.one_of<int64_t>({-1, -most - 1, most, 4 * words + 1});
+        *c.one_of({&at.first_row, &at.first, &at.repetition, &at.stream}) = bad;
+        c.must_fail();
+    } else if (c.one_in(10) && at.num_replicas > 0) {
+        at.replicas[c.up_to(at.num_replicas - 1)] = c.one_of<int64_t>({-1, 1 << 24, most, -most - 1});
+        c.must_fail();
+    } else {
+        c.spoil({&at.num_replicas, &at.rows, &at.count});
+    }
+}
+
+template <class T, class Kernel>
+void draw(Case& c, Kernel kernel, int64_t words) {
+    Counters at = counters(c, words);
+    T* const out = c.result<T>(at.num_replicas * at.rows * at.count * words);
+    spoil(c, at);
+    c.run([&](int threads) {
+        return kernel(at.seed, at.replicas, at.num_replicas, at.first_row, at.rows, at.first, at.count, at.repetition, at.stream,
+                      threads, out);
+    });
+}
+
+void philox_words(Case& c) { draw<int64_t>(c, c.kernels.philox_words, 4); }
+
+template <class T>
+void philox_uniform(Case& c) {
+    draw<T>(c, of_type<T>(c.kernels.philox_uniform_f32, c.kernels.philox_uniform_f64), 1);
+}
+
+template <class T>
+void philox_normal(Case& c) {
+    draw<T>(c, of_type<T>(c.kernels.philox_normal_f32, c.kernels.philox_normal_f64), 1);
+}
+
+template <class T>
+void log_mean_exp(Case& c) {
+    int64_t rows = c.size(40), samples = c.size(c.one_in(4) ? 140000 / (rows + 1) : 300);
+    const T* const x = c.values<T>(rows * samples);
+    T* const out = c.result<T>(rows);
+    if (samples == 0) c.must_fail();
+    c.spoil({&rows, &samples});
+    const auto forward = of_type<T>(c.kernels.log_mean_exp_f32, c.kernels.log_mean_exp_f64);
+    c.run([&](int threads) { return forward(x, rows, samples, threads, out); });
+}
+
+template <class T>
+void log_mean_exp_backward(Case& c) {
+    int64_t rows = c.size(40), samples = c.size(c.one_in(4) ? 140000 / (rows + 1) : 300);
+    const T *const x = c.values<T>(rows * samples), *const grad = c.values<T>(rows), *const out = c.values<T>(rows);
+    T* const to_x = c.result<T>(rows * samples);
+    c.spoil({&rows, &samples});
+    const auto backward = of_type<T>(c.kernels.log_mean_exp_backward_f32, c.kernels.log_mean_exp_backward_f64);
+    c.run([&](int threads) { return backward(grad, x, out, rows, samples, threads, to_x); });
+}
+
+template <class T>
+void henze_zirkler_pairs(Case& c) {
+    int64_t replicas = c.size(5), n = c.size(c.one_in(8) ? 1100 : 140), d = c.size(c.one_in(4) ? 70 : 5);
+    if (n > 200) replicas = c.up_to(1), d = c.size(3);
+    const double beta = c.one_in(8) ? c.one_of({0.0, -1.0, 1e300, 1e-300, kNaN, kInfinity}) : 1.0;
+    const int gradient = c.one_in(2) ? 1 : 0;
+    const T* const y = c.values<T>(replicas * n * d);
+    double* const pairs = c.result<double>(replicas);
+    T* const sums = gradient != 0 ? c.result<T>(replicas * n * (d + 1)) : nullptr;
+    if (n < 1 || d < 1) c.must_fail();
+    c.spoil({&replicas, &n, &d});
+    const auto kernel = of_type<T>(c.kernels.henze_zirkler_pairs_f32, c.kernels.henze_zirkler_pairs_f64);
+    c.run([&](int threads) { return kernel(y, replicas, n, d, beta, gradient, threads, pairs, sums); });
+}
+
+template <class T>
+void smooth_knn(Case& c) {
+    int64_t replicas = c.size(4), n1 = c.size(c.one_in(8) ? 130 : 20), n2 = c.size(20), d = c.size(c.one_in(4) ? 20 : 3);
+    int64_t k = c.one_in(4) ? n1 + n2 - 1 - c.up_to(2) : c.size(n1 + n2), num_alphas = c.size(3);
+    const T* const z = c.values<T>(replicas * (n1 + n2) * d);
+    double* const alphas = c.array<double>(num_alphas);
+    for (int64_t a = 0; a < num_alphas; ++a)
+        alphas[a] = c.one_in(4) ? c.one_of({0.0, -1.0, 1e300, 1e-300, kNaN, kInfinity, 90.0}) : 1.0;
+    T* const out = c.result<T>(replicas);
+    if (n1 < 2 || n2 < 2 || d < 1 || k < 1 || k > n1 + n2 - 1 || num_alphas < 1) c.must_fail();
+    c.spoil({&replicas, &n1, &n2, &d, &k, &num_alphas});
+    const auto kernel = of_type<T>(c.kernels.smooth_knn_f32, c.kernels.smooth_knn_f64);
+    c.run([&](int threads) { return kernel(z, replicas, n1, n2, d, k, alphas, num_alphas, threads, out); });
+}
+
+// Forward, then backward with what it found.
+template <class T>
+void importance(Case& c) {
+    Importance call{};
+    call.replicas = c.size(3), call.rows = c.size(c.one_in(4) ? 70 : 9);
+    call.samples = c.size(c.one_in(8) ? 2100 : 140), call.layers = 1 + c.up_to(3);
+    if (call.samples > 300) call.rows = c.up_to(2);
+    const int64_t widest = c.one_in(4) ? 70 : 10, batch = call.replicas * call.rows;
+    int64_t *const widths = c.array<int64_t>(call.layers + 1), *const activations = c.array<int64_t>(call.layers);
+    for (int64_t i = 0; i <= call.layers; ++i) widths[i] = 1 + c.size(widest - 1);
+    for (int64_t i = 0; i < call.layers; ++i) activations[i] = c.up_to(9);
+    const int64_t latents = widths[0], outputs = widths[call.layers];
+    call.widths = widths, call.activations = activations;
+    call.variances = c.one_of<int64_t>({0, 1, outputs});
+    call.tail = c.one_in(2) ? 0 : c.size(call.samples);
+    const auto shared = [&] { return c.one_in(2) || call.replicas == 0; };
+    const auto own = [&](int64_t stride) { return stride != 0 ? call.replicas : 1; };
+    call.x_stride = shared() ? 0 : call.rows * outputs;
+    call.x = c.values<T>(own(call.x_stride) * call.rows * outputs);
+    call.mean = c.values<T>(batch * latents), call.log_scale = c.values<T>(batch * latents);
+    auto** const weights = c.array<const void*>(call.layers);
+    auto** const biases = c.array<const void*>(call.layers);
+    auto *const weight_strides = c.array<int64_t>(call.layers), *const bias_strides = c.array<int64_t>(call.layers);
+    for (int64_t i = 0; i < call.layers; ++i) {
+        const int64_t units = widths[i + 1], size = units * widths[i];
+        weight_strides[i] = shared() ? 0 : size, bias_strides[i] = shared() ? 0 : units;
+        weights[i] = c.values<T>(own(weight_strides[i]) * size);
+        biases[i] = c.one_in(3) ? nullptr : c.values<T>(own(bias_strides[i]) * units);
+        if (biases[i] == nullptr) bias_strides[i] = 0;
+    }
+    call.weights = weights, call.biases = biases, call.weight_strides = weight_strides, call.bias_strides = bias_strides;
+    call.variance_stride = shared() ? 0 : call.variances;
+    call.variance = c.values<T>(own(call.variance_stride) * call.variances);
+    const Counters at = counters(c, 1);
+    int64_t* const ids = c.array<int64_t>(call.replicas);
+    for (int64_t r = 0; r < call.replicas; ++r) ids[r] = c.one_of<int64_t>({0, 5, (1 << 24) - 1});
+    call.seed = at.seed, call.repetition = at.repetition, call.stream = at.stream, call.replica_ids = ids;
+    call.first_row = c.one_in(4) ? (int64_t{1} << 32) - call.rows : 0;
+    call.log_likelihood = c.result<T>(batch), call.effective = c.result<T>(batch), call.top = c.result<T>(batch * call.tail);
+    if (call.samples < 1) c.must_fail();
+    if (c.one_in(10)) {
+        int64_t* const wrong[] = {&call.first_row, &call.repetition, &call.stream, &activations[0], &call.variances};
+        *wrong[c.up_to(4)] = c.one_of<int64_t>({-1, int64_t{1} << 40});
+        c.must_fail();
+    } else if (call.replicas > 0 && call.rows > 0) {
+        c.spoil({&call.replicas, &call.rows, &call.samples, &call.layers, &call.tail, &widths[c.up_to(call.layers)]});
+    }
+    const auto forward = of_type<T>(c.kernels.importance_f32, c.kernels.importance_f64);
+    const auto with_threads = [&](int threads) {
+        call.threads = threads;
+        return &call;
+    };
+    if (!c.run([&](int threads) { return forward(with_threads(threads)); })) return;
+
+    const auto result = [&](int64_t count) { return batch > 0 ? c.result<T>(count) : c.array<T>(count); };
+    auto **const to_weights = c.array<void*>(call.layers), **const to_biases = c.array<void*>(call.layers);
+    for (int64_t i = 0; i < call.layers; ++i) {
+        to_weights[i] = result(call.replicas * widths[i] * widths[i + 1]);
+        to_biases[i] = biases[i] == nullptr ? nullptr : result(call.replicas * widths[i + 1]);
+    }
+    call.kind = c.up_to(2), call.grad = c.values<T>(batch);
+    call.to_x = c.one_in(2) ? nullptr : result(batch * outputs);
+    call.to_variance = c.one_in(2) || call.variances == 0 ? nullptr : result(call.replicas * call.variances);
+    call.to_mean = result(batch * latents), call.to_log_scale = result(batch * latents);
+    call.to_weights = to_weights, call.to_biases = to_biases;
+    if (c.one_in(20)) call.kind = c.one_of<int64_t>({-1, 3}), c.must_fail();
+    const auto backward = of_type<T>(c.kernels.importance_backward_f32, c.kernels.importance_backward_f64);
+    c.run([&](int threads) { return backward(with_threads(threads)); });
+}
+
+struct Entry {
+    const char* name;
+    void (*run)(Case&);
+};
+
+#define LIBI_BOTH(name) {#name " f32", name<float>}, {#name " f64", name<double>}
+const Entry kCases[] = {
+    {"philox_words", philox_words}, LIBI_BOTH(philox_uniform),      LIBI_BOTH(philox_normal), LIBI_BOTH(log_mean_exp),
+    LIBI_BOTH(log_mean_exp_backward), LIBI_BOTH(henze_zirkler_pairs), LIBI_BOTH(smooth_knn),    LIBI_BOTH(importance),
+};
+
+int64_t option(int count, char** arguments, const char* name, int64_t otherwise) {
+    for (int i = 1; i + 1 < count; i += 2)
+        if (std::strcmp(arguments[i], name) == 0) return std::strtoll(arguments[i + 1], nullptr, 10);
+    return otherwise;
+}
+
+int run_all(int count, char** arguments) {
+    const int64_t seconds = option(count, arguments, "--seconds", 60), cases = option(count, arguments, "--cases", 0);
+    const int64_t first = option(count, arguments, "--first", 0);
+    running.seed = static_cast<uint64_t>(option(count, arguments, "--seed", static_cast<int64_t>(std::random_device{}())));
+    int64_t present = 1;  // instruction sets: up to the one that dispatch.cpp took
+    while (std::strcmp(kKernels[present - 1].isa, libi_isa()) != 0) ++present;
+    constexpr int64_t entries = sizeof(kCases) / sizeof(kCases[0]);
+    std::printf("libi_fuzz: seed %" PRIu64 ", %d entry points, instruction sets up to %s\n", running.seed,
+                static_cast<int>(entries), libi_isa());
+    std::fflush(stdout);
+    std::signal(SIGABRT, [](int) { say_which(); });
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+    int64_t number = first;
+    for (; cases > 0 ? number < first + cases : std::chrono::steady_clock::now() < end; ++number) {
+        const Entry& entry = kCases[number % entries];
+        const Kernels& kernels = kKernels[number / entries % present];
+        running.number = number, running.name = entry.name, running.isa = kernels.isa;
+        Case one(kernels, running.seed, number);
+        entry.run(one);
+    }
+    std::printf("libi_fuzz: %" PRId64 " cases, nothing found\n", number - first);
+    return 0;
+}
+
+}  // namespace
+}  // namespace libi
+
+int main(int count, char** arguments) { return libi::run_all(count, arguments); }
