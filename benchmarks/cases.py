@@ -64,6 +64,7 @@ CHUNKS = {
     "W4b": [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (64, 1)],
 }
 UNROLLED = {"W2": [(5, 1), (20, 1), (100, 1)], "W4a": [(20, 1), (100, 1)]}
+JAX_UNROLLED = {"W4a": [(20, 1), (100, 1)]}  # XLA takes half a minute of a core for each
 QUICK = {"W2": [(100, 1)], "W3": [(1, 3), (4, 1)], "W4a": [(100, 1)], "W4b": [(8, 1)]}
 
 
@@ -73,7 +74,10 @@ def importance(name: str, w: Workload, chunks: dict[str, list[tuple[int, int]]] 
     some, more = p.first(CHECKED), p.first(CHECKED_OF_OURS)
     noise = workloads.noise_of(some)
     truth = workloads.ours(some.double(), backend="reference")()  # the same draws, in float64
-    sizes = chunks or {"": CHUNKS[name], "torch.compile unrolled": UNROLLED.get(name, [])}
+    sizes = chunks or {
+        "": CHUNKS[name], "torch.compile unrolled": UNROLLED.get(name, []),
+        "JAX by coordinate": JAX_UNROLLED.get(name, CHUNKS[name]),
+    }  # fmt: skip
     ours = workloads.ours(p)
     kept: list[Found] = []  # a whole run of ours, and the truth of more rows, when first asked for
 
@@ -113,8 +117,17 @@ def peers(p: Problem, sizes: dict[str, list[tuple[int, int]]], few: bool) -> Ite
         from benchmarks.jax_forms import Variant
 
         threefry = [Variant(latents_first=first, python_loop=loop) for loop in (False, True) for first in (True, False)]
-        variants = threefry[:1] if few else [*threefry, Variant("rbg", True), Variant("unsafe_rbg", True)]
-        yield from in_chunks(p, sizes[""], lambda q, lines: jax_forms.forms(q, "ieee", lines, tuple(variants)))
+        every = [*threefry, Variant("rbg", True), Variant("unsafe_rbg", True)]
+        for kind in ["JAX natural", *(["JAX by coordinate"] if w.narrow else [])]:
+            slow = w.backward and kind == "JAX by coordinate"
+            variants = tuple(threefry[:1] if few else threefry[:2] if slow else every)
+
+            def forms(
+                q: Problem, lines: list[int], kind: str = kind, variants: tuple[Variant, ...] = variants
+            ) -> Iterator[Form]:
+                return (f for f in jax_forms.forms(q, "ieee", lines, variants) if f.name.startswith(kind))
+
+            yield from in_chunks(p, sizes.get(kind, sizes[""]), forms)
 
 
 def in_chunks(p: Problem, chunks: list[tuple[int, int]], forms: Callable[..., Iterator[Form]]) -> Iterator[Form]:

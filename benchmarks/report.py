@@ -96,9 +96,9 @@ def print_case(name: str, measured: dict[str, Any]) -> None:
 def print_tried(name: str, entry: dict[str, Any]) -> None:
     """A line, at once: trying takes minutes."""
     took = f"   (tried in {entry['seconds of trying']:.1f} s)" if "seconds of trying" in entry else ""
-    for what in ("refused", "failed", "left out"):
+    for what in ("refused", "failed", "left out", "absent"):
         if what in entry:
-            errors = f" {entry['error']}" if what == "refused" else ""
+            errors = f" {entry['error']}" if what == "refused" and "error" in entry else ""
             print(f"  {name}: {what}: {entry[what]}{errors}{took}", flush=True)
             return
     print(f"  {name}: {entry['best ms']:.4g} ms{took}", flush=True)

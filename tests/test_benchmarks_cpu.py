@@ -124,17 +124,17 @@ def test_unrolled_by_hidden_unit():
 
 
 @needs_jax
-@pytest.mark.parametrize("name", ["W2", "W4a"])
-def test_every_variant_of_jax(name):
+@pytest.mark.parametrize(("name", "kind"), [("W2", "JAX by coordinate"), ("W4a", "JAX natural")])
+def test_every_variant_of_jax(name, kind):
     from benchmarks.jax_forms import Variant, forms
 
     case = tiny(name)
     p = workloads.Problem.of(workloads.WORKLOADS[name]._replace(rows=6, samples=24), "cpu")
     variants = (Variant(), Variant("rbg", True), Variant("unsafe_rbg", False, True), Variant("threefry2x32", True, True))
-    found = [f for f in forms(p, "ieee", [48], variants) if f.name.startswith("JAX by coordinate")]
+    found = [f for f in forms(p, "ieee", [48], variants) if f.name.startswith(kind)]
     assert [f.name for f in found] == [
-        "JAX by coordinate, 2 rows", "JAX by coordinate, 2 rows, rbg, latents first",
-        "JAX by coordinate, 2 rows, unsafe_rbg, Python loop", "JAX by coordinate, 2 rows, latents first, Python loop",
+        f"{kind}, 2 rows", f"{kind}, 2 rows, rbg, latents first", f"{kind}, 2 rows, unsafe_rbg, Python loop",
+        f"{kind}, 2 rows, latents first, Python loop",
     ]  # fmt: skip
     shapes = [t.shape for t in workloads.ours(p)()]
     for form in found:
