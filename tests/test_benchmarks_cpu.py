@@ -254,5 +254,5 @@ def test_chunks_of_a_sweep():
 
 @pytest.mark.skipif(not memory.known(), reason="the system does not say")
 def test_memory_of_a_call():
-    assert 4e7 < memory.peak_of(lambda: torch.ones(10**7).sum(), False) < 8e7
+    assert 3.5e7 < memory.peak_of(lambda: torch.ones(10**7).sum(), False) < 8e7
     assert memory.peak_of(lambda: torch.ones(10), True) < 1e7
