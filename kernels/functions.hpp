@@ -4,7 +4,6 @@
 //   exp(x)       x = n ln2 + r, |r| <= ln2 / 2:  2^n (1 + q),  q = expm1(r).  Error about 1 ulp; 0 below -87 (-708), held
 //                at e^88 (e^709) above; NaN stays NaN.
 //   expm1(x)     2^n q + (2^n - 1): as accurate where x is small.  For x >= -87 (-708).
-//   tanh(x)      of expm1; relative error 1.5e-7 (3e-16).
 //   log(x)       for finite normal x > 0, error about 1 ulp.
 //   log1p(u)     for u in [0, 1]: 2 atanh(u / (2 + u)), accurate where u is small.
 //   normal_tail  Phi(-a) and exp(-a^2 / 2) for a >= 0: float t P(t) exp(-a^2 / 2) with t = 1 / (1 + 0.27 a), P fitted at
@@ -29,7 +28,7 @@ struct Constants<float> {
     static constexpr int mantissa = 23;
     static constexpr float round = 12582912.0f + 127.0f;  // 1.5 * 2^23: n + bias comes to lie in the lowest bits
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    static constexpr float least = -87.0f, most = 88.0f, saturated = 9.02f;
+    static constexpr float least = -87.0f, most = 88.0f;
     // expm1(r) = r + r^2 (c_0 + c_1 r + ...), minimax in the relative error: 1.4e-8
     static constexpr float series[] = {4.9999998122e-1f, 1.6666542187e-1f, 4.1667206065e-2f, 8.3667136505e-3f,
                                        1.3882485684e-3f};
@@ -44,7 +43,7 @@ struct Constants<double> {
     static constexpr int mantissa = 52;
     static constexpr double round = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52
     static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
-    static constexpr double least = -708.0, most = 709.0, saturated = 19.1;
+    static constexpr double least = -708.0, most = 709.0;
     static constexpr double series[] = {0.5,           1.0 / 6,       1.0 / 24,       1.0 / 120,
                                         1.0 / 720,     1.0 / 5040,    1.0 / 40320,    1.0 / 362880,
                                         1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
@@ -112,24 +111,24 @@ LIBI_INLINE Vector<T> expm1_within(Vector<T> x) {
     return multiply_add(scale, q, scale - all<T>(1));
 }
 
-// tanh(x) = e / (e + 2), e = expm1(2 x) = 2^n (1 + q) - 1, q = expm1(2 r) and r = x - n ln2 / 2 by one step: its error grows
-// with n, but tanh is flat by then. A division for each is faster than one shared by several.
-template <class T>
-LIBI_INLINE Vector<T> tanh_of(Vector<T> x) {
-    using V = Vector<T>;
-    using C = Constants<T>;
-    const V most = all<T>(C::saturated);
+// double: e / (e + 2) with e = expm1(2 x). float: x P(x^2) / Q(x^2) for |x| <= 8 and held beyond, where tanh lacks 2e-7 of 1;
+// minimax in the relative error, 7e-9, and with rounding 2.9e-7: a third fewer operations.
+LIBI_INLINE Doubles tanh_of(Doubles x) {
+    const Doubles most = all<double>(19.1);
+    const Doubles e = expm1_within<double>(at_most(most, at_least(-most, x)) * all<double>(2));
+    return e / (e + all<double>(2));
+}
+
+LIBI_INLINE Floats tanh_of(Floats x) {
+    const Floats most = all<float>(8.0f);
     x = at_most(most, at_least(-most, x));
-    const V shifted = multiply_add(x, all<T>(static_cast<T>(2.88539008177792681472)), all<T>(C::round));
-    const V n = shifted - all<T>(C::round);
-    const V r = multiply_add(n, all<T>(static_cast<T>(-0.34657359027997265471)), x);
-    constexpr int terms = static_cast<int>(sizeof(C::series) / sizeof(T));
-    V p = all<T>(C::series[terms - 1] * static_cast<T>(int64_t{2} << terms));
-    for (int k = terms - 2; k >= 0; --k) p = multiply_add(p, r, all<T>(C::series[k] * static_cast<T>(int64_t{4} << k)));
-    const V q = multiply_add(p, r * r, r + r);
-    const V scale = bit_cast<V>(bit_cast<typename C::Bits>(shifted) << C::mantissa);
-    const V e = multiply_add(scale, q, scale - all<T>(1));
-    return e / (e + all<T>(2));
+    const Floats z = x * x;
+    Floats p = all<float>(1.523040893e-8f), q = all<float>(8.522442840e-7f);
+    p = multiply_add(p, z, all<float>(2.189465522e-5f)), q = multiply_add(q, z, all<float>(3.411291400e-4f));
+    p = multiply_add(p, z, all<float>(3.571597626e-3f)), q = multiply_add(q, z, all<float>(2.616444230e-2f));
+    p = multiply_add(p, z, all<float>(1.344449818e-1f)), q = multiply_add(q, z, all<float>(4.677782357e-1f));
+    p = multiply_add(p, z, all<float>(1.0f)), q = multiply_add(q, z, all<float>(1.0f));
+    return x * p / q;
 }
 
 template <class T>

@@ -134,7 +134,7 @@ struct Relu {
 struct Tanh {
     template <class T>
     LIBI_INLINE Vector<T> run(Vector<T> a, Vector<T>& slope) {
-        const Vector<T> h = tanh_of<T>(a);
+        const Vector<T> h = tanh_of(a);
         slope = multiply_add(-h, h, all<T>(1));
         return h;
     }
