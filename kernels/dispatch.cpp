@@ -54,7 +54,7 @@ const Choice kChoice = choose();  // once, when the library is loaded
 
 }  // namespace
 
-LIBI_API int libi_abi_version() { return 2; }
+LIBI_API int libi_abi_version() { return 3; }
 LIBI_API const char* libi_isa() { return kNames[kChoice.isa]; }
 LIBI_API int libi_isa_refused() { return kChoice.refused ? 1 : 0; }
 LIBI_API int libi_openmp() {
