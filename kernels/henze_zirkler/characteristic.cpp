@@ -12,6 +12,8 @@
 // the way back by rows: the number of threads moves no bit. Memory: the points, their slopes and the frequencies.
 #include <atomic>
 #include <cmath>
+#include <initializer_list>
+#include <utility>
 
 #include "../entry_points.hpp"
 #include "products.hpp"
@@ -20,6 +22,11 @@
 
 namespace libi {
 namespace LIBI_ISA {
+
+// cpu.cpp's, of this instruction set.
+int henze_zirkler_f32(const float*, int64_t, int64_t, int64_t, double, int, int, float*, float*);
+int henze_zirkler_f64(const double*, int64_t, int64_t, int64_t, double, int, int, double*, double*);
+
 namespace {
 
 constexpr double kTurn = 6.283185307179586477;
@@ -116,7 +123,10 @@ int by_random(const Problem<T>& p, const T* vectors, int64_t count, double* valu
     double total = 0;
     for (int64_t f = 0; f < count; ++f) {
         double square = 0;
-        for (int64_t k = 0; k < d; ++k) square += static_cast<double>(vectors[f * d + k]) * static_cast<double>(vectors[f * d + k]);
+        for (int64_t k = 0; k < d; ++k) {
+            const double t = kTurn * static_cast<double>(turns[k * step + f]);  // as the points meet it
+            square += t * t;
+        }
         total += take_difference(sums.first[f] / n - std::exp(-0.5 * square), weight, by[f]);
         total += take_difference(sums.first[step + f] / n, weight, by[step + f]);
     }
@@ -184,7 +194,7 @@ int by_lines(const Problem<T>& p, const T* directions, int64_t count, double* va
                 add_waves(x, padded, p.n, turns + f, step, 1, sum + f, sum + step + f);
             double total = 0;
             for (int64_t f = 0; f < axis.count; ++f) {
-                const double t = axis.node(f), weight = axis.weight(f) / static_cast<double>(count);
+                const double t = kTurn * static_cast<double>(turns[f]), weight = axis.weight(f) / static_cast<double>(count);
                 total += take_difference(sum[f] / n - std::exp(-0.5 * t * t), weight, own[f]);
                 total += take_difference(sum[step + f] / n, weight, own[step + f]);
             }
@@ -228,8 +238,8 @@ struct Nodes {
                 const V phase[1] = {all<T>(y[i]) * load<T>(turns + f)};
                 V cosine[1], sine[1];
                 take_waves<T, 1>(phase, cosine, sine);
-                store<T>(to + i * width + axis.count + f, sine[0]);
                 store<T>(to + i * width + f, cosine[0]);
+                store<T>(to + i * width + axis.count + f, sine[0]);
             }
     }
 
@@ -255,7 +265,10 @@ struct Nodes {
         }
     }
 
-    double target(int64_t f) const { return f < axis.count ? std::exp(-0.5 * axis.node(f) * axis.node(f)) : 0.0; }
+    double target(int64_t f) const {
+        const double t = kTurn * static_cast<double>(turns[f]);  // as the points meet it
+        return f < axis.count ? std::exp(-0.5 * t * t) : 0.0;
+    }
     double weight(int64_t f) const { return axis.weight(f % axis.count); }
 };
 

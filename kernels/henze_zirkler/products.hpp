@@ -56,7 +56,7 @@ void map_tile(const T* a, int64_t a_width, const T* s, int64_t s_width, bool mor
     using V = Vector<T>;
     V sum[kDown][across];
     for (int x = 0; x < kDown; ++x)
-        for (int y = 0; y < across; ++y) sum[x][y] = more ? load<T>(to + x * s_width + y * kWidth<T>) : V{};
+        for (int y = 0; y < across; ++y) sum[x][y] = V{};
     for (int64_t k = 0; k < a_width; ++k) {
         V right[across];
         for (int y = 0; y < across; ++y) right[y] = load<T>(s + k * s_width + y * kWidth<T>);
@@ -66,7 +66,10 @@ void map_tile(const T* a, int64_t a_width, const T* s, int64_t s_width, bool mor
         }
     }
     for (int x = 0; x < kDown; ++x)
-        for (int y = 0; y < across; ++y) store<T>(to + x * s_width + y * kWidth<T>, sum[x][y]);
+        for (int y = 0; y < across; ++y) {
+            T* const at = to + x * s_width + y * kWidth<T>;
+            store<T>(at, more ? load<T>(at) + sum[x][y] : sum[x][y]);
+        }
 }
 
 // to [rows][s_width] = (or +=) a [rows][a_width] s [a_width][s_width]; rows are filled up to a multiple of kDown.
