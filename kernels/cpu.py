@@ -35,7 +35,18 @@ _SIGNATURES = {
     "log_mean_exp_backward": [_Pointer, _Pointer, _Pointer, _Int64, _Int64, _Int, _Pointer],
     "henze_zirkler": [_Pointer, _Int64, _Int64, _Int64, _Double, _Int, _Int, _Pointer, _Pointer],
     "henze_zirkler_characteristic": [
-        _Pointer, _Pointer, _Int64, _Int, _Int64, _Int64, _Int64, _Double, _Int, _Int, _Pointer, _Pointer,
+        _Pointer,
+        _Pointer,
+        _Int64,
+        _Int,
+        _Int64,
+        _Int64,
+        _Int64,
+        _Double,
+        _Int,
+        _Int,
+        _Pointer,
+        _Pointer,
     ],
     "smooth_knn": [_Pointer, *[_Int64] * 5, _Pointer, _Int64, _Int, _Pointer],
 }
@@ -200,9 +211,7 @@ def henze_zirkler(z: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tenso
     return value, slope
 
 
-def henze_zirkler_characteristic(
-    z: Tensor, vectors: Tensor, beta: float, method: str, gradient: bool
-) -> tuple[Tensor, Tensor]:
+def henze_zirkler_characteristic(z: Tensor, vectors: Tensor, beta: float, method: str, gradient: bool) -> tuple[Tensor, Tensor]:
     """As :func:`henze_zirkler`, by "quadrature" (no vectors), "random" (frequencies [m, d]) or "sliced" (directions [m, d])."""
     replicas, n, d = z.shape
     z, vectors = z.contiguous(), vectors.contiguous()
