@@ -85,7 +85,7 @@ struct Problem {
     double* slope;
 };
 
-// By 2 w (mean - target), to be divided by its row: a sum's share in the statistic and in the slope.
+// A frequency's share in HZ / n by its mean's difference from the target, and what it adds to every slope, 2 w difference.
 template <class T>
 LIBI_INLINE double take_difference(double difference, double weight, T& by) {
     by = static_cast<T>(2 * weight * difference);
@@ -370,7 +370,7 @@ int by_grid(const Problem<T>& p, bool& too_large, double* value) {
     const int64_t parts = least(chunks, most < 1 ? 1 : most > 16 ? 16 : most);
     const int64_t threads = p.n * size < kWorthWaves * 16 ? 1 : least(p.threads, chunks);
     const Numbers<T> numbers(numbers_of_turns + threads * products.room() + 2 * size);
-    const Numbers<double> sums(parts * size);
+    const Numbers<double> sums(parts * size + 2 * products.right);
     if (!numbers.first || !sums.first) return kOutOfMemory;
     T* at = numbers.first;
     for (int64_t k = 0; k < p.d; ++k) {
@@ -396,16 +396,17 @@ int by_grid(const Problem<T>& p, bool& too_large, double* value) {
         for (int64_t k = 0; k < size; ++k) sums.first[k] += sums.first[part * size + k];
     const double n = static_cast<double>(p.n);
     const Nodes<T> &left = products.nodes[0], &right = products.nodes[1];
+    double *const targets = sums.first + parts * size, *const weights = targets + products.right;
+    for (int64_t r = 0; r < products.right; ++r) targets[r] = right.target(r), weights[r] = right.weight(r);
     double total = 0;
     for (int64_t x = 0; x < products.outer; ++x) {
         const double target_x = three ? nodes[0].target(x) : 1, weight_x = three ? nodes[0].weight(x) : 1;
         const int64_t first = x * products.left * products.right;
-        // The targets and weights of a row of the right hand's once, in the sums' own place for the next row.
         for (int64_t l = 0; l < products.left; ++l) {
             const double target = target_x * left.target(l), weight = weight_x * left.weight(l);
             for (int64_t r = 0; r < products.right; ++r) {
                 const int64_t k = first + l * products.right + r;
-                total += take_difference(sums.first[k] / n - target * right.target(r), weight * right.weight(r), by[k]);
+                total += take_difference(sums.first[k] / n - target * targets[r], weight * weights[r], by[k]);
                 transposed[first + r * products.left + l] = by[k];
             }
         }

@@ -119,14 +119,14 @@ inline bool nearly_singular(double* a, int64_t d, double tolerance, double* work
 
 enum class Kind { kRegular, kSingular, kNotFinite };
 
-// One replica [n, d] and what becomes of it. `matrices` holds 3 d^2 + 4 d numbers, `sums` those of every chunk.
+// One replica [n, d] and the room that its sums and matrices take.
 template <class T>
 struct Whitening {
     const T* z;
     int64_t n, d, threads;
     double *mean, *map, *matrix, *work;  // [d], A [d][d], [d][d], [3 d]
     double* sums;                        // [chunks][d + d^2]
-    double* blocks;                      // [threads][3 d][kBlock]
+    double* blocks;                      // [threads][3 d][kBlock]; all of these in one piece of size() numbers
 
     static int64_t size_matrices(int64_t d) { return 2 * d * d + 4 * d; }
     static int64_t chunks_of(int64_t n) { return (n + kChunk - 1) / kChunk; }
@@ -187,7 +187,6 @@ struct Whitening {
             constant = constant || scale <= 10 * eps * std::fabs(mean[c]) || scale == 0;
             inverse[c] = 1 / scale;
         }
-        // 0 < scale^2 may still overflow or vanish in 1 / scale: then the correlation is not finite.
         for (int64_t c = 0; c < d; ++c)
             for (int64_t k = 0; k <= c; ++k) {
                 finite = finite && std::isfinite(sums[c * d + k]);
