@@ -34,7 +34,21 @@ _SIGNATURES = {
     "philox_normal": [*_DRAWS, _Pointer],
     "log_mean_exp": [_Pointer, _Int64, _Int64, _Int, _Pointer],
     "log_mean_exp_backward": [_Pointer, _Pointer, _Pointer, _Int64, _Int64, _Int, _Pointer],
-    "henze_zirkler_pairs": [_Pointer, _Int64, _Int64, _Int64, _Double, _Int, _Int, _Pointer, _Pointer],
+    "henze_zirkler": [_Pointer, _Int64, _Int64, _Int64, _Double, _Int, _Int, _Pointer, _Pointer],
+    "henze_zirkler_characteristic": [
+        _Pointer,
+        _Pointer,
+        _Int64,
+        _Int,
+        _Int64,
+        _Int64,
+        _Int64,
+        _Double,
+        _Int,
+        _Int,
+        _Pointer,
+        _Pointer,
+    ],
     "smooth_knn": [_Pointer, *[_Int64] * 5, _Pointer, _Int64, _Int, _Pointer],
 }
 
@@ -209,16 +223,27 @@ def log_mean_exp_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
     return result
 
 
-def henze_zirkler_pairs(y: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """k_ij = exp(-beta^2/2 |y_i - y_j|^2) of [R, n, d]: sum_ij k_ij in float64 [R], and sum_j k_ij [y_j, 1] [R, n, d+1]."""
-    replicas, n, d = y.shape
-    y = y.contiguous()
-    pairs = torch.empty(replicas, dtype=torch.float64)
-    sums = torch.empty((replicas, n, d + 1), dtype=y.dtype) if gradient else None
-    results = (pairs.data_ptr(), 0 if sums is None else sums.data_ptr())
+def henze_zirkler(z: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The exact statistic of [R, n, d] and, if asked for, its gradient [R, n, d] (else [R, 0, d])."""
+    replicas, n, d = z.shape
+    z = z.contiguous()
+    value, slope = z.new_empty(replicas), z.new_empty((replicas, n * gradient, d))
     threads = torch.get_num_threads()
-    _call("henze_zirkler_pairs", y.dtype, y.data_ptr(), replicas, n, d, beta, int(gradient), threads, *results)
-    return pairs, sums
+    results = (value.data_ptr(), slope.data_ptr())
+    _call("henze_zirkler", z.dtype, z.data_ptr(), replicas, n, d, beta, int(gradient), threads, *results)
+    return value, slope
+
+
+def henze_zirkler_characteristic(z: Tensor, vectors: Tensor, beta: float, method: str, gradient: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`henze_zirkler`, by "quadrature" (no vectors), "random" (frequencies [m, d]) or "sliced" (directions [m, d])."""
+    replicas, n, d = z.shape
+    z, vectors = z.contiguous(), vectors.contiguous()
+    value, slope = z.new_empty(replicas), z.new_empty((replicas, n * gradient, d))
+    chosen = ("quadrature", "random", "sliced").index(method)
+    arguments = (z.data_ptr(), vectors.data_ptr(), len(vectors), chosen, replicas, n, d, beta, int(gradient))
+    results = (value.data_ptr(), slope.data_ptr())
+    _call("henze_zirkler_characteristic", z.dtype, *arguments, torch.get_num_threads(), *results)
+    return value, slope
 
 
 def smooth_knn(z: Tensor, n1: int, k: int, alphas: Sequence[float]) -> Tensor:

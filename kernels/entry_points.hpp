@@ -66,14 +66,22 @@ struct Importance {
       (const double *grad, const double *x, const double *out, int64_t rows, int64_t samples, int num_threads,        \
        double *grad_x),                                                                                               \
       (grad, x, out, rows, samples, num_threads, grad_x))                                                             \
-    X(henze_zirkler_pairs_f32,                                                                                        \
-      (const float *y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,            \
-       double *pairs, float *sums),                                                                                   \
-      (y, replicas, n, d, beta, gradient, num_threads, pairs, sums))                                                  \
-    X(henze_zirkler_pairs_f64,                                                                                        \
-      (const double *y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,           \
-       double *pairs, double *sums),                                                                                  \
-      (y, replicas, n, d, beta, gradient, num_threads, pairs, sums))                                                  \
+    X(henze_zirkler_f32,                                                                                              \
+      (const float *z, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,            \
+       float *value, float *slope),                                                                                   \
+      (z, replicas, n, d, beta, gradient, num_threads, value, slope))                                                 \
+    X(henze_zirkler_f64,                                                                                              \
+      (const double *z, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,           \
+       double *value, double *slope),                                                                                 \
+      (z, replicas, n, d, beta, gradient, num_threads, value, slope))                                                 \
+    X(henze_zirkler_characteristic_f32,                                                                               \
+      (const float *z, const float *vectors, int64_t count, int method, int64_t replicas, int64_t n, int64_t d,       \
+       double beta, int gradient, int num_threads, float *value, float *slope),                                       \
+      (z, vectors, count, method, replicas, n, d, beta, gradient, num_threads, value, slope))                         \
+    X(henze_zirkler_characteristic_f64,                                                                               \
+      (const double *z, const double *vectors, int64_t count, int method, int64_t replicas, int64_t n, int64_t d,     \
+       double beta, int gradient, int num_threads, double *value, double *slope),                                     \
+      (z, vectors, count, method, replicas, n, d, beta, gradient, num_threads, value, slope))                         \
     X(smooth_knn_f32,                                                                                                 \
       (const float *z, int64_t replicas, int64_t n1, int64_t n2, int64_t d, int64_t k, const double *alphas,          \
        int64_t num_alphas, int num_threads, float *out),                                                              \

@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 import libi_fast as lf
+from libi_fast.kernels import cpu as native
 from libi_fast.kernels.henze_zirkler import characteristic, reference
 from libi_fast.ops.henze_zirkler import henze_zirkler_statistic, null_quantile
 from libi_fast.training import distributed
@@ -26,12 +27,16 @@ FORMS: list[dict[str, Any]] = [
 NAMES = [str(form["method"]) for form in FORMS]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+COMPILED = pytest.mark.skipif(not native.available(), reason="no compiled library")
+
+
+@pytest.fixture(autouse=True, params=["reference", pytest.param("cpu", marks=COMPILED)])
+def backend_in_one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """The many small products here only wait for each other in two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with lf.use_backend(request.param):
+        yield
     torch.set_num_threads(before)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from libi_fast.kernels.henze_zirkler import reference
-from libi_fast.kernels.henze_zirkler.reference import PairSums, Reduce, alone, gradient_at_points, whiten
+from libi_fast.kernels.henze_zirkler.reference import Reduce, alone, gradient_at_points, whiten
 
 BUDGET = 2**20  # numbers held at a time, over rows and replicas
 CHUNK = 256  # rows whose products are summed in the dtype of y
@@ -196,8 +196,7 @@ def statistic(y: Tensor, factors: list[Factor], gradient: bool, n: int, reduce: 
 
 
 def forward(
-    z: Tensor, vectors: Tensor, beta: float, method: str, gradient: bool, pair_sums: PairSums = reference.pair_sums,
-    total: int | None = None, reduce: Reduce = alone,
+    z: Tensor, vectors: Tensor, beta: float, method: str, gradient: bool, total: int | None = None, reduce: Reduce = alone,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """[R, n, d] -> the statistic [R] and, if asked for, its gradient in z [R, n, d] (else [R, 0, d]).
 
@@ -214,7 +213,7 @@ def forward(
     else:
         factors = grid(y, beta)
         if math.prod(2 * len(f.weight) for f in factors) > LARGEST_GRID:
-            return reference.forward(z, beta, gradient, pair_sums)
+            return reference.forward(z, beta, gradient)
     value, slope = statistic(y, factors, gradient, n, reduce)
     value = torch.where(singular, torch.full_like(value, 4 * n), value)
     if slope is None:

@@ -1,382 +1,175 @@
-// sum_ij k_ij and, if asked, sum_j k_ij [y_j, 1] for every i, with k_ij = exp(-b^2/2 |y_i - y_j|^2).
+// The exact statistic and its gradient: whitening.hpp, the sums over pairs of pairs.hpp, and what remains.
 //
-// k is symmetric, so an exponential is taken once for a pair and given to both of its points. Points are scaled first,
-// u = y b sqrt(log2(e) / 2), and then k_ij = 2^-|u_i - u_j|^2: from differences, which lose nothing where points lie
-// close, unlike |u_i|^2 + |u_j|^2 - 2 u_i.u_j.
+// With K_i = sum_j k_ij, S_i = sum_j k_ij y_j and e_i = exp(-b^2/2/(1+b^2) |y_i|^2):
 //
-// Points stand in strips of 16 (8 in double). A strip takes the square on the diagonal whole, and once all that lies to
-// the right of it. Coordinates lie apart, [d][n]. A block of rows runs along a tile of columns, first for k, which
-// stays in the L1 cache, then for two coordinates at a time: the rows' sums in registers, the columns' in the cache.
-// (All in one run is no faster at d = 2, and slower from d = 4 on, where registers no longer hold it.) Sums are of the
-// points' type within a tile, and double beyond it.
+//   HZ = sum_i K_i / n - 2 (1+b^2)^{-d/2} sum_i e_i + n (1+2b^2)^{-d/2}
+//   slope in y_i = -2 b^2/n (K_i y_i - S_i) + 2 b^2 (1+b^2)^{-d/2-1} e_i y_i
 //
-// Strips are dealt out to 1, 4 or 16 parts, by n alone; each part has sums of its own, and these are added in order. So
-// the number of threads moves no bit. Nor does the width of a register, since a lane has the same sums in every build.
-// Where the processor has a fused multiply-add it is used: v3 and v4 agree to the bit, generic to rounding.
+// Fewer than 512 points are one part: replicas are shared out among the threads. More are 4 or 16 parts, one replica after
+// another. Few pairs are done before a second thread has woken, and get none.
 #include <atomic>
-#include <memory>
-#include <new>
+#include <cmath>
 
-#include "../elementary.hpp"
 #include "../entry_points.hpp"
-#include "../registers.hpp"
 #include "../sizes.hpp"
+#include "pairs.hpp"
+#include "whitening.hpp"
 
 namespace libi {
 namespace LIBI_ISA {
 namespace {
 
-// Lanes in a strip, whatever the register. 2^-q = 1 + q (c_1 + q (c_2 + ...)) for |q| <= 1/2, minimax in the relative
-// error: 9e-8 and 2e-17. round + n has n + bias in its lowest bits, and 2^-bias is taken for 0.
-template <class T>
-struct Type;
-template <>
-struct Type<float> {
-    typedef uint32_t Bits LIBI_REGISTER;
-    static constexpr int64_t lanes = 16;
-    static constexpr float round = 12582912.0f + 127.0f, least = 127.0f;  // 1.5 * 2^23
-    static constexpr int mantissa = 23;
-    static constexpr float series[] = {-0.6931470036506653f, 0.24022242426872253f, -0.05550733581185341f,
-                                       0.009671512991189957f, -0.0013264729641377926f};
-};
-template <>
-struct Type<double> {
-    typedef uint64_t Bits LIBI_REGISTER;
-    static constexpr int64_t lanes = 8;
-    static constexpr double round = 6755399441055744.0 + 1023.0, least = 1023.0;  // 1.5 * 2^52
-    static constexpr int mantissa = 52;
-    static constexpr double series[] = {-0.693147180559945697,    0.24022650695910098,     -0.0555041086647903946,
-                                        0.00961812910760700238,   -0.00133335581534399647, 0.000154035304415721303,
-                                        -0.0000152527273851938682, 1.32154426753298221e-6, -1.01806476592341389e-7,
-                                        7.07257041281442351e-9,   -4.07807192958833667e-10};
-};
-
-// The smaller of limit and x; NaN where x is. (The unmasked intrinsic warns falsely in GCC 12.)
-LIBI_INLINE Floats at_most(Floats limit, Floats x) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)limit, (__m512)x);
-#elif defined(__AVX2__)
-    return (Floats)_mm256_min_ps((__m256)limit, (__m256)x);
-#else
-    return limit < x ? limit : x;
-#endif
-}
-
-LIBI_INLINE Doubles at_most(Doubles limit, Doubles x) {
-#if defined(__AVX512F__)
-    return (Doubles)_mm512_maskz_min_pd(0xff, (__m512d)limit, (__m512d)x);
-#elif defined(__AVX2__)
-    return (Doubles)_mm256_min_pd((__m256d)limit, (__m256d)x);
-#else
-    return limit < x ? limit : x;
-#endif
-}
-
-// 2^-s for s >= 0: 1 at 0, 0 where s rounds to 127 (1023) or more, NaN where s is.
-template <class T>
-LIBI_INLINE Vector<T> exp2_minus(Vector<T> s) {
-    using V = Vector<T>;
-    const V round = all<T>(Type<T>::round);
-    const V clipped = at_most(all<T>(Type<T>::least), s);
-    const V shifted = round - clipped;
-    const V q = clipped + (shifted - round);
-    constexpr int degree = static_cast<int>(sizeof(Type<T>::series) / sizeof(T));
-    V p = all<T>(Type<T>::series[degree - 1]);
-    for (int k = degree - 2; k >= 0; --k) p = multiply_add(p, q, all<T>(Type<T>::series[k]));
-    p = multiply_add(p, q, all<T>(1));
-    return p * bit_cast<V>(bit_cast<typename Type<T>::Bits>(shifted) << Type<T>::mantissa);
-}
-
-// Points of one replica, scaled: u[c * stride + i]. Rows are filled up with points so far off that their k is 0.
-template <class T>
-struct Points {
-    const T* u;
-    int64_t n, d, strips, stride;
-};
-
-// What a part works in: totals [d + 1][stride], sum k first; a tile's columns [d + 1][tile + 1], likewise; k of a block
-// [rows][tile + 1]. A tile is counted in strips.
-template <class T>
-struct Sums {
-    double* totals;
-    T* columns;
-    T* kernel;
-};
-
-constexpr int kRows = kBytes == 64 ? 8 : 4;  // of a block, as registers allow: a column takes rows one by one
-constexpr int64_t kTileBytes = 20480;        // coordinates and sums of a tile's columns, in the L1 cache
-constexpr int64_t kStripsInFloat = 16;       // a column has so many strips summed before they go into a double
-
-template <class T>
-int64_t tile_strips(int64_t d) {
-    const int64_t strips = kTileBytes / (Type<T>::lanes * static_cast<int64_t>(sizeof(T)) * (2 * d + 1));
-    return strips < 16 ? 16 : strips;
-}
-
-// Adds each row's lanes in a fixed tree, and the sum to its total.
-template <class T, size_t lanes>
-LIBI_INLINE void add_rows(T (&lane)[kRows][lanes], double* totals) {
-    for (size_t half = lanes / 2; half > 0; half /= 2)
-        for (auto& row : lane)
-            for (size_t l = 0; l < half; ++l) row[l] += row[l + half];
-    for (int b = 0; b < kRows; ++b) totals[b] += static_cast<double>(lane[b][0]);
-}
-
-// What a block of rows meets: `strips` strips of columns from j on and, with `diagonal`, the strip of its own.
-struct Meeting {
-    int64_t i, j, strips;
-    bool diagonal;
-};
-
-// k of a block, kept for the gradient [rows][strips + 1], the own strip last; and its sums.
-template <class T, bool gradient>
-void add_kernel(const Points<T>& points, Meeting meeting, T* kernel, int64_t kernel_stride, T* columns,
-                double* totals) {
-    using V = Vector<T>;
-    constexpr int64_t lanes = Type<T>::lanes;
-    const int64_t own = meeting.i / lanes * lanes;
-    alignas(64) T lane[kRows][lanes];
-    for (int64_t h = 0; h < lanes; h += kWidth<T>) {
-        V sum[kRows];
-        for (V& one : sum) one = V{};
-        for (int64_t g = 0; g < meeting.strips + (meeting.diagonal ? 1 : 0); ++g) {
-            const bool twice = g < meeting.strips;  // for both points of a pair
-            const T* at = points.u + (twice ? meeting.j + g * lanes : own) + h;
-            V s[kRows];
-            for (V& one : s) one = V{};
-            for (int64_t c = 0; c < points.d; ++c) {
-                const V there = load<T>(at + c * points.stride);
-                for (int b = 0; b < kRows; ++b) {
-                    const V t = all<T>(points.u[c * points.stride + meeting.i + b]) - there;
-                    s[b] = multiply_add(t, t, s[b]);
-                }
-            }
-            V column = V{};
-            if (gradient && twice) column = load<T>(columns + g * lanes + h);
-            for (int b = 0; b < kRows; ++b) {
-                const V k = exp2_minus<T>(s[b]);
-                sum[b] = sum[b] + k;
-                column = column + k;
-                if constexpr (gradient) store<T>(kernel + b * kernel_stride + g * lanes + h, k);
-                else if (twice) sum[b] = sum[b] + k;
-            }
-            if (gradient && twice) store<T>(columns + g * lanes + h, column);
-        }
-        for (int b = 0; b < kRows; ++b) store<T>(&lane[b][h], sum[b]);
-    }
-    add_rows(lane, totals + meeting.i);
-}
-
-// sum_j k_ij y_j to the rows, and sum_i k_ij y_i to the columns, for `count` coordinates from u on.
-template <class T, int count>
-void add_coordinates(const T* u, int64_t stride, Meeting meeting, const T* kernel, int64_t kernel_stride, T* columns,
-                     int64_t column_stride, double* totals) {
-    using V = Vector<T>;
-    constexpr int64_t lanes = Type<T>::lanes;
-    const int64_t own = meeting.i / lanes * lanes;
-    alignas(64) T lane[count][kRows][lanes];
-    for (int64_t h = 0; h < lanes; h += kWidth<T>) {
-        V here[count][kRows], sum[count][kRows];
-        for (int c = 0; c < count; ++c)
-            for (int b = 0; b < kRows; ++b) here[c][b] = all<T>(u[c * stride + meeting.i + b]), sum[c][b] = V{};
-        for (int64_t g = h; g < meeting.strips * lanes; g += lanes) {
-            V there[count], column[count];
-            for (int c = 0; c < count; ++c) {
-                there[c] = load<T>(u + c * stride + meeting.j + g);
-                column[c] = load<T>(columns + c * column_stride + g);
-            }
-            for (int b = 0; b < kRows; ++b) {
-                const V k = load<T>(kernel + b * kernel_stride + g);
-                for (int c = 0; c < count; ++c) {
-                    sum[c][b] = multiply_add(k, there[c], sum[c][b]);
-                    column[c] = multiply_add(k, here[c][b], column[c]);
-                }
-            }
-            for (int c = 0; c < count; ++c) store<T>(columns + c * column_stride + g, column[c]);
-        }
-        for (int c = 0; c < count; ++c)
-            for (int b = 0; b < kRows; ++b) {
-                if (meeting.diagonal) {
-                    const V k = load<T>(kernel + b * kernel_stride + meeting.strips * lanes + h);
-                    sum[c][b] = multiply_add(k, load<T>(u + c * stride + own + h), sum[c][b]);
-                }
-                store<T>(&lane[c][b][h], sum[c][b]);
-            }
-    }
-    for (int c = 0; c < count; ++c) add_rows(lane[c], totals + c * stride + meeting.i);
-}
-
-template <class T>
-void add_coordinates(const Points<T>& points, Meeting meeting, Sums<T> sums, T* columns, int64_t column_stride) {
-    for (int64_t c = 0; c < points.d; c += 2) {
-        const auto add = c + 1 < points.d ? add_coordinates<T, 2> : add_coordinates<T, 1>;
-        add(points.u + c * points.stride, points.stride, meeting, sums.kernel, column_stride,
-            columns + (c + 1) * column_stride, column_stride, sums.totals + (c + 1) * points.stride);
-    }
-}
-
-// One part: its strips against all columns to their right. Totals are set, not added to.
-template <class T, bool gradient>
-void run_part(const Points<T>& points, int64_t part, int64_t parts, Sums<T> sums) {
-    constexpr int64_t lanes = Type<T>::lanes;
-    const int64_t components = gradient ? points.d + 1 : 1;
-    const int64_t tile = tile_strips<T>(points.d);
-    const int64_t column_stride = (tile + 1) * lanes;
-    for (int64_t k = 0; k < components * points.stride; ++k) sums.totals[k] = 0;
-    for (int64_t first = 0; first < points.strips; first += tile) {
-        const int64_t end = first + tile < points.strips ? first + tile : points.strips;
-        const int64_t width = (end - first) * lanes;
-        const auto flush = [&] {
-            for (int64_t c = 0; c < components; ++c) {
-                double* total = sums.totals + c * points.stride + first * lanes;
-                T* column = sums.columns + c * column_stride;
-                for (int64_t l = 0; l < width; ++l) {
-                    total[l] += static_cast<double>(column[l]);
-                    column[l] = 0;
-                }
-            }
-        };
-        int64_t pending = 0;
-        // Forth and back through the parts, so that each has as many long rows as short ones.
-        for (int64_t turn = 0; turn * parts < end; ++turn) {
-            const int64_t strip = turn * parts + (turn % 2 == 0 ? part : parts - 1 - part);
-            if (strip >= end) continue;
-            const bool diagonal = strip >= first;
-            const int64_t begin = diagonal ? strip + 1 : first;
-            T* columns = sums.columns + (begin - first) * lanes;
-            for (int64_t i = strip * lanes; i < (strip + 1) * lanes; i += kRows) {
-                const Meeting meeting{i, begin * lanes, end - begin, diagonal};
-                add_kernel<T, gradient>(points, meeting, sums.kernel, column_stride, columns, sums.totals);
-                if constexpr (gradient) add_coordinates(points, meeting, sums, columns, column_stride);
-            }
-            if (gradient && ++pending == kStripsInFloat) flush(), pending = 0;
-        }
-        if (pending > 0) flush();
-    }
-}
-
-// y [n, d] -> u [d][stride].
-template <class T>
-void scale_points(const T* y, const Points<T>& points, double scale, T* u) {
-    for (int64_t c = 0; c < points.d; ++c) {
-        T* to = u + c * points.stride;
-        for (int64_t i = 0; i < points.n; ++i) to[i] = static_cast<T>(static_cast<double>(y[i * points.d + c]) * scale);
-        for (int64_t i = points.n; i < points.stride; ++i) to[i] = std::numeric_limits<T>::max() / 4;
-    }
-}
-
-// totals of u -> sums of y [n, d + 1].
-template <class T>
-void write_sums(const double* totals, const Points<T>& points, double scale, int64_t begin, int64_t end, T* sums) {
-    for (int64_t c = 0; c <= points.d; ++c) {
-        const double* total = totals + (c < points.d ? c + 1 : 0) * points.stride;
-        const double back = c < points.d ? 1 / scale : 1;
-        for (int64_t i = begin; i < end; ++i) sums[i * (points.d + 1) + c] = static_cast<T>(total[i] * back);
-    }
-}
-
-double add_up(const double* x, int64_t count) {
-    constexpr int64_t width = 8;
-    double lane[width] = {};
-    const int64_t whole = count / width * width;
-    for (int64_t i = 0; i < whole; i += width)
-        for (int64_t l = 0; l < width; ++l) lane[l] += x[i + l];
-    for (int64_t i = whole; i < count; ++i) lane[i - whole] += x[i];
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-}
-
-constexpr int64_t kWorthThreads = 32768;  // fewer pairs than this are done before a second thread has woken
+constexpr int64_t kWorthThreads = 32768;  // pairs
 constexpr int64_t kTogether = 512;        // points whose parts are added by one thread
 
-int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
+// e of a block of u = b sqrt(log2(e) / 2) y: 2^(-|u|^2 / (1 + b^2)), [kBlock].
+template <class T>
+void take_singles(const Points<T>& points, int64_t i, double b2, T* e) {
+    using V = Vector<T>;
+    const V factor = all<T>(static_cast<T>(1 / (1 + b2)));
+    for (int64_t r = 0; r < kBlock; r += kWidth<T>) {
+        V s = V{};
+        for (int64_t c = 0; c < points.d; ++c) {
+            const V t = load<T>(points.u + c * points.stride + i + r);
+            s = multiply_add(t, t, s);
+        }
+        store<T>(e + r, exp2_minus<T>(s * factor));
+    }
+}
+
+// All that one replica needs, of one thread or, where `parts` > 1, of all of them.
+template <class T>
+struct Room {
+    Room(int64_t n, int64_t d, bool gradient, int64_t parts, int64_t threads)
+        : parts(parts),
+          threads(parts > 1 ? threads : 1),
+          strips((n + Type<T>::lanes - 1) / Type<T>::lanes),
+          // A block of 64 may be read whole; coordinates a multiple of 4096 bytes apart would share a set of the L1 cache.
+          stride((n + kBlock - 1) / kBlock * kBlock + 16),
+          size_totals((gradient ? d + 1 : 1) * stride),
+          size_columns(gradient ? (d + 1) * (tile_strips<T>(d) + 1) * Type<T>::lanes : 0),
+          size_kernel(gradient ? kRows * (tile_strips<T>(d) + 1) * Type<T>::lanes : 0),
+          numbers(d * stride + this->threads * (size_columns + size_kernel)),
+          totals(parts * size_totals + Whitening<T>::size(n, d, this->threads)) {}
+
+    explicit operator bool() const { return numbers.first != nullptr && totals.first != nullptr; }
+    Sums<T> sums(int64_t part, int64_t slot, int64_t d) const {
+        T* const at = numbers.first + d * stride + slot * (size_columns + size_kernel);
+        return {totals.first + part * size_totals, at, at + size_columns};
+    }
+
+    int64_t parts, threads, strips, stride, size_totals, size_columns, size_kernel;
+    Numbers<T> numbers;
+    Numbers<double> totals;
+};
 
 template <class T>
-int forward(const T* y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,
-            double* pairs, T* sums) {
-    constexpr int64_t lanes = Type<T>::lanes;
-    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));  // numbers in a cache line
+void run_replica(const T* z, int64_t n, int64_t d, double beta, bool gradient, const Room<T>& room, T* value, T* slope) {
+    const double scale = beta * 0.84932180028801904272, b2 = beta * beta;  // sqrt(log2(e) / 2)
+    const int64_t stride = room.stride, components = gradient ? d + 1 : 1;
+    double* const totals = room.totals.first;
+    const Whitening<T> whitening(z, n, d, room.threads, totals + room.parts * room.size_totals);
+    const Kind kind = whitening.prepare();
+    if (kind != Kind::kRegular) return write_irregular(kind, n, d, gradient, value, slope);
+    T* const u = room.numbers.first;
+    const Points<T> points{u, n, d, room.strips, stride};
+    whitening.write_points(scale, u, stride);
+    for (int64_t c = 0; c < d; ++c)
+        for (int64_t i = n; i < stride; ++i) u[c * stride + i] = std::numeric_limits<T>::max() / 4;
+
+    const auto run = gradient ? run_part<T, true> : run_part<T, false>;
+    const auto clear = [&](int64_t slot) {
+        const Sums<T> sums = room.sums(0, slot, d);
+        for (int64_t k = 0; k < room.size_columns; ++k) sums.columns[k] = 0;
+    };
+    if (room.parts == 1) {
+        clear(0);
+        run(points, 0, 1, room.sums(0, 0, d));
+    } else {
+        std::atomic<int64_t> next{0};
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(room.threads)) if (room.threads > 1)
+        for (int64_t slot = 0; slot < room.threads; ++slot) {
+            clear(slot);
+            for (int64_t p = next++; p < room.parts; p = next++) run(points, p, room.parts, room.sums(p, slot, d));
+        }
+        const int64_t pieces = (n + kTogether - 1) / kTogether;
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(room.threads)) if (room.threads > 1)
+        for (int64_t piece = 0; piece < pieces; ++piece)
+            for (int64_t c = 0; c < components; ++c) {
+                double* const to = totals + c * stride;
+                for (int64_t p = 1; p < room.parts; ++p)
+                    for (int64_t i = piece * kTogether; i < least(n, (piece + 1) * kTogether); ++i)
+                        to[i] += to[p * room.size_totals + i];
+            }
+    }
+
+    const double count = static_cast<double>(n), dims = static_cast<double>(d);
+    double pairs = 0, once = 0;
+    for (int64_t i = 0; i < n; i += kBlock) {
+        alignas(64) T e[kBlock];
+        take_singles(points, i, b2, e);
+        double lane[2][8] = {};
+        const int64_t rows = least(kBlock, n - i);
+        for (int64_t r = 0; r < rows; ++r) lane[0][r % 8] += totals[i + r], lane[1][r % 8] += static_cast<double>(e[r]);
+        pairs += tree(lane[0]), once += tree(lane[1]);
+    }
+    *value = static_cast<T>(pairs / count - 2 * std::pow(1 + b2, -dims / 2) * once + count * std::pow(1 + 2 * b2, -dims / 2));
+    if (!gradient) return;
+    const double back = 1 / scale, by_pairs = -2 * b2 / count * back;
+    const double by_single = 2 * b2 * std::pow(1 + b2, -dims / 2 - 1) * back;
+    whitening.write_gradient(
+        [&](int64_t i, int64_t rows, double* y, double* g) {
+            alignas(64) T e[kBlock];
+            take_singles(points, i, b2, e);
+            for (int64_t c = 0; c < d; ++c) {
+                const T* const x = u + c * stride + i;
+                const double *const k = totals + i, *const s = totals + (c + 1) * stride + i;
+                double *const to_y = y + c * kBlock, *const to = g + c * kBlock;
+                for (int64_t r = 0; r < rows; ++r) {
+                    const double here = static_cast<double>(x[r]);
+                    to_y[r] = here * back;
+                    to[r] = by_pairs * (k[r] * here - s[r]) + by_single * static_cast<double>(e[r]) * here;
+                }
+                for (int64_t r = rows; r < kBlock; ++r) to_y[r] = to[r] = 0;
+            }
+        },
+        slope);
+}
+
+template <class T>
+int forward(const T* z, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads, T* value,
+            T* slope) {
     constexpr int64_t most = int64_t{1} << 31;  // so that n^2 fits
     if (replicas < 0 || n < 1 || d < 1 || n > most || d > most) return kBadSize;
-    if (!fits(8, replicas, n, d + 1) || !fits(8, 16, n + 32, d + 1)) return kBadSize;  // and 16 parts' totals
+    if (!fits(8, replicas, n, d + 1) || !fits(8, 16, n + 128, d + 1) || !fits(8, 64, d, d)) return kBadSize;
     if (replicas == 0) return kOk;
-    const double scale = beta * 0.84932180028801904272;  // sqrt(log2(e) / 2)
-    const int64_t strips = (n + lanes - 1) / lanes;
-    // Coordinates a multiple of 4096 bytes apart would share one set of the L1 cache.
-    const int64_t stride = strips * lanes + (strips % 16 == 0 ? 16 : 0);
-    const int64_t components = gradient ? d + 1 : 1;
     const int64_t parts = n < 512 ? 1 : n < 2048 ? 4 : 16;
-    const int64_t tile = tile_strips<T>(d) + 1;
-    const auto run = gradient ? run_part<T, true> : run_part<T, false>;
-
-    const bool whole = parts == 1;  // replicas are shared out among the threads, else the parts of one after another
     const bool shared = n * n / 2 >= (kWorthThreads + replicas - 1) / replicas;
-    const int64_t threads = shared && num_threads > 1 ? least(team(num_threads), whole ? replicas : parts) : 1;
-    const int64_t size_u = d * stride;
-    const int64_t size_columns = gradient ? components * tile * lanes : 0;
-    const int64_t size_kernel = gradient ? kRows * tile * lanes : 0;
-    const int64_t size_thread = size_columns + size_kernel + (whole ? size_u : 0);
-    const int64_t size_totals = components * stride;
-    const int64_t size = threads * size_thread + (whole ? 0 : size_u) + 4 * line;
-    const int64_t many = (whole ? threads : parts) * size_totals;
-    const std::unique_ptr<T[]> numbers(new (std::nothrow) T[static_cast<size_t>(size)]);
-    const std::unique_ptr<double[]> totals(new (std::nothrow) double[static_cast<size_t>(many)]);
-    if (!numbers || !totals) return kOutOfMemory;
-    const int64_t misplaced = static_cast<int64_t>(reinterpret_cast<uintptr_t>(numbers.get()) / sizeof(T)) % line;
-    T* const base = numbers.get() + (line - misplaced) % line;  // all sizes are multiples of a line or nearly so
-    for (int64_t k = 0; k < threads * size_thread; ++k) base[k] = 0;
-    const auto space = [&](int64_t slot) { return base + slot * size_thread; };
-
-    if (whole) {
-        std::atomic<int64_t> next{0};
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
-        for (int64_t slot = 0; slot < threads; ++slot) {
-            T* const u = space(slot) + size_columns + size_kernel;
-            double* const mine = totals.get() + slot * size_totals;
-            const Points<T> points{u, n, d, strips, stride};
-            for (int64_t r = next++; r < replicas; r = next++) {
-                scale_points(y + r * n * d, points, scale, u);
-                run(points, 0, 1, {mine, space(slot), space(slot) + size_columns});
-                pairs[r] = add_up(mine, n);
-                if (gradient) write_sums(mine, points, scale, 0, n, sums + r * n * (d + 1));
-            }
-        }
-        return kOk;
+    const int64_t threads = shared ? least(team(num_threads), parts > 1 ? parts : replicas) : 1;
+    const int64_t slots = parts > 1 ? 1 : threads;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> error{kOk};
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(slots)) if (slots > 1)
+    for (int64_t slot = 0; slot < slots; ++slot) {
+        const Room<T> room(n, d, gradient != 0, parts, threads);
+        if (!room) error = kOutOfMemory;
+        else
+            for (int64_t r = next++; r < replicas; r = next++)
+                run_replica(z + r * n * d, n, d, beta, gradient != 0, room, value + r, slope + r * n * d);
     }
-    T* const u = base + threads * size_thread;
-    const Points<T> points{u, n, d, strips, stride};
-    const int64_t pieces = (n + kTogether - 1) / kTogether;
-    for (int64_t r = 0; r < replicas; ++r) {
-        scale_points(y + r * n * d, points, scale, u);
-        std::atomic<int64_t> next{0};
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
-        for (int64_t slot = 0; slot < threads; ++slot)
-            for (int64_t p = next++; p < parts; p = next++)
-                run(points, p, parts, {totals.get() + p * size_totals, space(slot), space(slot) + size_columns});
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-            const int64_t begin = piece * kTogether, end = least(n, begin + kTogether);
-            for (int64_t c = 0; c < components; ++c) {
-                double* to = totals.get() + c * stride;
-                for (int64_t p = 1; p < parts; ++p)
-                    for (int64_t i = begin; i < end; ++i) to[i] += to[p * size_totals + i];
-            }
-            if (gradient) write_sums(totals.get(), points, scale, begin, end, sums + r * n * (d + 1));
-        }
-        pairs[r] = add_up(totals.get(), n);
-    }
-    return kOk;
+    return error;
 }
 
 }  // namespace
 
-int henze_zirkler_pairs_f32(const float* y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient,
-                            int num_threads, double* pairs, float* sums) {
-    return forward(y, replicas, n, d, beta, gradient, num_threads, pairs, sums);
+int henze_zirkler_f32(const float* z, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,
+                      float* value, float* slope) {
+    return forward(z, replicas, n, d, beta, gradient, num_threads, value, slope);
 }
 
-int henze_zirkler_pairs_f64(const double* y, int64_t replicas, int64_t n, int64_t d, double beta, int gradient,
-                            int num_threads, double* pairs, double* sums) {
-    return forward(y, replicas, n, d, beta, gradient, num_threads, pairs, sums);
+int henze_zirkler_f64(const double* z, int64_t replicas, int64_t n, int64_t d, double beta, int gradient, int num_threads,
+                      double* value, double* slope) {
+    return forward(z, replicas, n, d, beta, gradient, num_threads, value, slope);
 }
 
 }  // namespace LIBI_ISA

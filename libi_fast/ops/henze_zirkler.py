@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,19 +42,18 @@ _forward: Any = lib.define(
     "(Tensor z, float beta, bool gradient, str backend) -> (Tensor, Tensor)",
     {
         "reference": reference.forward,
-        "cpu": lambda z, beta, gradient: reference.forward(z, beta, gradient, native.henze_zirkler_pairs),
+        "cpu": native.henze_zirkler,
     },
     lambda z, beta, gradient: _shapes(z, gradient),
     _vmap(lambda: _forward),
 )
 
-# The backends differ where quadrature falls back on pairs; the rest is matrix products.
 _characteristic: Any = lib.define(
     "henze_zirkler_characteristic",
     "(Tensor z, Tensor vectors, float beta, str method, bool gradient, str backend) -> (Tensor, Tensor)",
     {
         "reference": characteristic.forward,
-        "cpu": functools.partial(characteristic.forward, pair_sums=native.henze_zirkler_pairs),
+        "cpu": native.henze_zirkler_characteristic,
     },
     lambda z, vectors, beta, method, gradient: _shapes(z, gradient),
     _vmap(lambda: _characteristic),
