@@ -44,7 +44,7 @@ FUZZ := --seconds 60
 PRELOAD_address := libasan.so libstdc++.so
 PRELOAD_thread := libtsan.so
 export ASAN_OPTIONS := detect_leaks=0 allocator_may_return_null=1
-export TSAN_OPTIONS := ignore_noninstrumented_modules=1 halt_on_error=1
+export TSAN_OPTIONS := allocator_may_return_null=1 ignore_noninstrumented_modules=1 halt_on_error=1
 sanitize: sanitize-address sanitize-thread
 
 sanitize-%: $(STAMP)
