@@ -76,9 +76,9 @@ class LiBI(Method):
             "mean_tolerance": mean_tolerance,
         }.items():
             lib.check_positive(label, value)
-        for label, value in {"initial_std": initial_std, "hz_beta": hz_beta}.items():
-            if value is not None:
-                lib.check_positive(label, value)
+        for label, optional in {"initial_std": initial_std, "hz_beta": hz_beta}.items():
+            if optional is not None:
+                lib.check_positive(label, optional)
         for label, value, least in (
             ("repeats", repeats, 1), ("warm_up", warm_up, 0), ("candidates", candidates, 1), ("num_samples", num_samples, 1),
         ):  # fmt: skip
