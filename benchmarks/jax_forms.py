@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +15,20 @@ from benchmarks.workloads import Form, Problem, rows_of
 PRECISION = {"ieee": "highest", "tf32": "tensorfloat32", "bf16": "bfloat16"}  # of products of float32 matrices
 
 
-def forms(p: Problem, precision: str, lines: list[int]) -> Iterator[Form]:
+class Variant(NamedTuple):
+    """What else moves JAX's time, besides rows."""
+
+    generator: str = "threefry2x32"  # or rbg, unsafe_rbg
+    latents_first: bool = False  # the noise is drawn as [L, rows, S]: coordinates without strides
+    python_loop: bool = False  # over chunks, instead of a scan on the device
+
+    def __str__(self) -> str:
+        latents = "latents first" if self.latents_first else ""
+        words = [self.generator.replace("threefry2x32", ""), latents, "Python loop" if self.python_loop else ""]
+        return "".join(f", {word}" for word in words if word)
+
+
+def forms(p: Problem, precision: str, lines: list[int], variants: tuple[Variant, ...] = (Variant(),)) -> Iterator[Form]:
     import jax
     import jax.numpy as jnp
 
@@ -70,30 +84,47 @@ def forms(p: Problem, precision: str, lines: list[int]) -> Iterator[Form]:
     for name, function in functions.items():
         solve = solver(function)
         checker = jax.jit(solve)
-        for step in sorted({rows_of(size, w) for size in lines}):
-            chunks = w.rows // step
+        for step, variant in itertools.product(sorted({rows_of(size, w) for size in lines}), variants):
 
-            def whole(params: Any, key: Any, x: Any, mean: Any, log_std: Any, solve=solve, step=step) -> Any:
+            def chunk(params: Any, key: Any, total: Any, part: Any, solve=solve, step=step, variant=variant) -> Any:
+                """Of ``step`` rows: the next key, the parameters' gradients added to ``total``, and what belongs to rows."""
+                key, use = jax.random.split(key)
+                if variant.latents_first:
+                    noise = jnp.moveaxis(jax.random.normal(use, (latents, step, w.samples)), 0, -1)
+                else:
+                    noise = jax.random.normal(use, (step, w.samples, latents))
+                value, *grads = solve(params, *part, noise)
+                return key, [a + b for a, b in zip(total, grads[2:], strict=True)], (value, *grads[:2])
+
+            def whole(params: Any, key: Any, total: Any, x: Any, mean: Any, log_std: Any, chunk=chunk) -> Any:
                 """x [chunks, step, D] and the proposal alike: one loop on the device, gradients added up in it."""
 
                 def body(carried: Any, part: Any) -> Any:
-                    key, total = carried
-                    key, use = jax.random.split(key)
-                    noise = jax.random.normal(use, (step, w.samples, latents))
-                    value, *grads = solve(params, *part, noise)
-                    rows, rest = grads[:2], grads[2:]
-                    return (key, [a + b for a, b in zip(total, rest, strict=True)]), (value, *rows)
+                    key, total, rows = chunk(params, *carried, part)
+                    return (key, total), rows
 
-                zeros = [jnp.zeros_like(t) for pair in params for t in pair] if w.backward else []
-                (_, total), rows = jax.lax.scan(body, (key, zeros), (x, mean, log_std))
+                (_, total), rows = jax.lax.scan(body, (key, total), (x, mean, log_std))
                 return [r.reshape(-1, *r.shape[2:]) for r in rows] + total
 
-            jitted = jax.jit(whole)
-            arrays = [jnp.asarray(t.cpu().numpy().reshape(chunks, step, -1)) for t in (p.x, p.mean, p.log_std)]
+            jitted = jax.jit(chunk)
 
-            def run(jitted=jitted, arrays=arrays) -> Any:
+            def looped(params: Any, key: Any, total: Any, x: Any, mean: Any, log_std: Any, chunk=jitted) -> Any:
+                """The same for lists of chunks."""
+                found = []
+                for part in zip(x, mean, log_std, strict=True):
+                    key, total, rows = chunk(params, key, total, part)
+                    found.append(rows)
+                return [jnp.concatenate(r) for r in zip(*found, strict=True)] + total
+
+            whole = looped if variant.python_loop else jax.jit(whole)
+            zeros = [jnp.zeros_like(t) for pair in params for t in pair] if w.backward else []
+            arrays = [jnp.asarray(t.cpu().numpy().reshape(w.rows // step, step, -1)) for t in (p.x, p.mean, p.log_std)]
+            if variant.python_loop:
+                arrays = [list(a) for a in arrays]
+
+            def run(whole=whole, arrays=arrays, variant=variant, zeros=zeros) -> Any:
                 with jax.default_matmul_precision(PRECISION[precision]):
-                    return tuple(jitted(params, jax.random.PRNGKey(0), *arrays))
+                    return tuple(whole(params, jax.random.key(0, impl=variant.generator), zeros, *arrays))
 
             def check(part: Problem, noise: Tensor, checker=checker) -> tuple[Tensor, ...]:
                 import torch
@@ -103,4 +134,4 @@ def forms(p: Problem, precision: str, lines: list[int]) -> Iterator[Form]:
                     results = checker(params, *numbers)
                 return tuple(torch.from_numpy(np.array(r)) for r in results)
 
-            yield Form(f"{name}, {step} rows", precision, run, check)
+            yield Form(f"{name}, {step} rows{variant}", precision, run, check)

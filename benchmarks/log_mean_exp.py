@@ -1,50 +1,80 @@
-"""W1: log_mean_exp of [2048, 5000] float32 against torch eager and torch.compile, and the bandwidth of one read."""
+"""W1: log_mean_exp of [N, S], float32, against torch eager, torch.compile and JAX, whole and in chunks of rows."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import libi_fast as lf
+from benchmarks import peak
+from benchmarks.cases import Case, compared
+from benchmarks.timing import interleaved as interleaved  # the Henze-Zirkler benchmark takes it from here
+from benchmarks.workloads import Form, Workload
 
-TOLERANCE = 1e-5
-REPEATS = 15
-
-
-def interleaved(functions: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
-    """Best and median milliseconds of each, taken in turns after a warm-up."""
-    times: dict[str, list[float]] = {k: [] for k in functions}
-    for turn in range(REPEATS + 2):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if turn >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {k: {"best ms": min(v), "median ms": sorted(v)[len(v) // 2]} for k, v in times.items()}
+TOLERANCE = 1e-5  # of the largest value
+CHUNKS = (16, 64, 256, 1024, 2048)
 
 
-def run(rows: int = 2048, samples: int = 5000) -> dict[str, Any]:
-    x = lf.philox_normal(0, rows, samples) * 30
-
-    def eager(x: Tensor) -> Tensor:
-        return torch.logsumexp(x, -1) - math.log(samples)
-
-    forms: dict[str, Callable[[Tensor], Tensor]] = {"libi_fast": lf.log_mean_exp, "torch eager": eager}
-    forms["torch.compile"] = torch.compile(eager)
+def case(w: Workload) -> Case:
+    x = lf.philox_normal(0, w.rows, w.samples) * 30
     truth = eager(x.double())
-    for name, form in forms.items():
-        error = (form(x).double() - truth).abs().max().item()
-        if not error <= TOLERANCE * truth.abs().max().item():
-            raise RuntimeError(f"{name} is wrong by {error}: no speed is quoted for a wrong answer")
-    times = interleaved({k: lambda f=f: f(x) for k, f in forms.items()} | {"one read (amax)": lambda: x.amax(-1)})
-    fastest = min(times[k]["best ms"] for k in forms if k != "libi_fast")
-    return {
-        "shape": [rows, samples], "times": times,
-        "ratio to the fastest peer": fastest / times["libi_fast"]["best ms"],
-        "share of read bandwidth": times["one read (amax)"]["best ms"] / times["libi_fast"]["best ms"],
-    }  # fmt: skip
+    scale = float(truth.abs().max())
+
+    def error(found: tuple[Tensor, ...]) -> dict[str, Any]:
+        return compared(found[0], truth, TOLERANCE, scale)
+
+    return Case(
+        "W1", f"{w.rows} x {w.samples}", lambda: (lf.log_mean_exp(x),), lambda: error((lf.log_mean_exp(x),)),
+        lambda: error((eager(x),)), error, (), lambda: forms(x), None, lambda: peak.reading(x),
+    )  # fmt: skip
+
+
+def eager(x: Tensor) -> Tensor:
+    return torch.logsumexp(x, -1) - math.log(x.shape[-1])
+
+
+def forms(x: Tensor) -> Iterator[Form]:
+    chunks = [c for c in CHUNKS if c < len(x)] + [len(x)]
+
+    def chunked(function: Any, rows: int) -> tuple[Tensor]:
+        return (torch.cat([function(part) for part in x.split(rows)]),)
+
+    for name, function in {"torch eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}.items():
+        for rows in chunks:
+
+            def run(function=function, rows=rows) -> tuple[Tensor]:
+                return chunked(function, rows)
+
+            yield Form(f"{name}, {rows} rows", "ieee", run, run)
+    if importlib.util.find_spec("jax") is not None:
+        yield from jax_forms(x, chunks)
+
+
+def jax_forms(x: Tensor, chunks: list[int]) -> Iterator[Form]:
+    import jax
+    import jax.numpy as jnp
+
+    def once(x: Any) -> Any:
+        return jax.scipy.special.logsumexp(x, -1) - math.log(x.shape[-1])
+
+    def by_hand(x: Any) -> Any:  # no care for infinities
+        top = x.max(-1, keepdims=True)
+        return jnp.log(jnp.exp(x - top).sum(-1)) + top[..., 0] - math.log(x.shape[-1])
+
+    array = jnp.asarray(x.numpy())
+    for name, function in {"JAX": once, "JAX by hand": by_hand}.items():
+        for rows in chunks:
+            if len(x) % rows:
+                continue
+            parts = array.reshape(-1, rows, x.shape[1])
+            whole = jax.jit(lambda parts, function=function: jax.lax.map(function, parts).reshape(-1))
+
+            def run(whole=whole, parts=parts) -> tuple[Any]:
+                return (whole(parts),)
+
+            yield Form(f"{name}, {rows} rows", "ieee", run, run)

@@ -1,22 +1,31 @@
-"""The smooth k-NN statistic between p(x) and models of LinearJTEx, as the paper takes it, and what 20,000 repetitions take."""
+"""The smooth k-NN statistic: between p(x) and models of LinearJTEx, as the paper takes it; and W6, what its 20,000 repetitions
+take beside plain torch and JAX."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import libi_fast as lf
+from benchmarks import peak
 from benchmarks.accuracy import LINEAR, mean_and_error
-from libi_fast.kernels import cpu as native
+from benchmarks.cases import Case, compared
+from benchmarks.workloads import Form
 from libi_fast.ops.random import Stream
 
 SEEDS = range(10, 15)
 REPETITIONS, POINTS = 20_000, 100  # the paper's numbers
 KS = (1, 10)
-RUNS = 3
+CHECKED = 200  # repetitions
+TOLERANCE = 1e-4  # the statistic's standard deviation is 1
+BATCHES = {"torch": (5, 10, 20, 50, 100), "JAX": (1, 2, 5, 10, 20, 50)}  # repetitions at a time
+TORCH_PART = 500  # repetitions that torch does when it is timed: the whole takes it minutes
+JITTER = 1e-5
 
 
 def statistic(truth: Any, model: Any, k: int) -> float:
@@ -40,19 +49,200 @@ def run(progress: bool = True) -> dict[str, Any]:
             for k in KS
         }
     results["two samples of p(x)"] = {f"k = {k}, alpha = 1": statistic(sets[0].truth, None, k) for k in KS}
-    return {**results, "repetitions": REPETITIONS, f"seconds for {REPETITIONS} repetitions": seconds()}
+    return {**results, "repetitions": REPETITIONS}
 
 
-def seconds() -> dict[str, Any]:
-    """The least of several runs; the reference on fewer repetitions, scaled."""
-    a, b = (lf.philox_normal(s, REPETITIONS, 2 * POINTS, stream=Stream.DATA).unflatten(1, (POINTS, 2)) for s in (1, 2))
-    found: dict[str, Any] = {"threads": torch.get_num_threads(), "instruction set": native.isa()}
-    for k in KS:
-        least = {backend: math.inf for backend in ("cpu", "reference") if backend == "reference" or native.available()}
-        for backend in [*least] * RUNS:
-            count = REPETITIONS if backend == "cpu" else REPETITIONS // 100
-            start = time.perf_counter()
-            lf.smooth_knn(a[:count], b[:count], k=k, backend=backend)
-            least[backend] = min(least[backend], (time.perf_counter() - start) * REPETITIONS / count)
-        found[f"k = {k}"] = least
-    return found
+# --- W6 ---
+
+
+def cases(repetitions: int = REPETITIONS) -> list[Case]:
+    a, b = (lf.philox_normal(s, repetitions, 2 * POINTS, stream=Stream.DATA).unflatten(1, (POINTS, 2)) for s in (1, 2))
+    return [case(a, b, k) for k in KS]
+
+
+def case(a: Tensor, b: Tensor, k: int) -> Case:
+    some = (a[:CHECKED], b[:CHECKED])
+    truth = lf.smooth_knn(*(t.double() for t in some), k=k, backend="reference")
+    expected: list[Tensor] = []
+
+    def error(found: tuple[Any, ...]) -> dict[str, Any]:
+        return compared(found[0], truth, TOLERANCE)
+
+    def whole(found: tuple[Any, ...]) -> dict[str, Any]:
+        """The points are the same here, noise or not."""
+        if not expected:
+            expected.append(lf.smooth_knn(a, b, k=k).double())
+        return compared(found[0], expected[0][: len(found[0])], 2 * TOLERANCE)
+
+    def torch_error() -> dict[str, Any]:
+        blocks = zip(*(t.split(10) for t in some), strict=True)
+        return error((torch.cat([statistic_of(*block, k, log_domain) for block in blocks]),))
+
+    return Case(
+        f"W6, k = {k}", f"{len(a)} x {a.shape[1]} + {b.shape[1]} points in 2-D", lambda: (lf.smooth_knn(a, b, k=k),),
+        lambda: error((lf.smooth_knn(*some, k=k),)), torch_error, error, some, lambda: forms(a, b, k), whole,
+        lambda: peak.bound(counts(len(a), a.shape[1] + b.shape[1], k)),
+    )  # fmt: skip
+
+
+def counts(repetitions: int, points: int, k: int) -> dict[str, float]:
+    """Of each ordered pair a distance (two products and a root) and an exponential, and 3 k multiply-adds where k > 1: k
+    coefficients before, k after, and the sum of their products, as the plain recursion has it."""
+    pairs = float(repetitions * points * (points - 1))
+    return {"multiply-add": pairs * (2 + (3 * k if k > 1 else 0)), "exp2": pairs, "sqrt": pairs}
+
+
+Inclusion = Callable[[Tensor, int], Tensor]
+
+
+def statistic_of(a: Tensor, b: Tensor, k: int, inclusion: Inclusion) -> Tensor:
+    """a [R, n1, 2], b [R, n2, 2] -> [R] as one would write it: float32, repetitions and rows innermost in the recursions."""
+    n1, n2 = a.shape[1], b.shape[1]
+    n = n1 + n2
+    chi1, chi2 = n1 * n2 / (n * (n - 1)), 4 * (n1 - 1) * (n2 - 1) / ((n - 2) * (n - 3))
+    z = torch.cat((a, b), 1)
+    square = sum((c[:, :, None] - c[:, None, :]).square() for c in z.unbind(-1))
+    own = torch.eye(n, dtype=torch.bool)
+    x = (-(JITTER + square).sqrt()).masked_fill(own, -math.inf)
+    p = inclusion(x.permute(2, 0, 1).reshape(n, -1), k).reshape(n, -1, n)  # [j, R, i]
+    excess = (p - k / (n - 1)).masked_fill(own[:, None], 0.0)
+    between = excess[n1:, :, :n1].sum((0, 2)) + excess[:n1, :, n1:].sum((0, 2))
+    both = (excess * (excess + excess.transpose(0, 2))).sum((0, 2))
+    variance = chi1 * (1 - chi2) * excess.sum(2).square().sum(0) + chi1 * chi2 * both
+    return -between / (JITTER + variance).sqrt()
+
+
+def log_domain(x: Tensor, k: int) -> Tensor:
+    """Log-weights x [n, rows] -> Pr(j is among the k chosen): elementary symmetric polynomials by log-add-exp."""
+    if k == 1:
+        return torch.softmax(x, 0)
+    n, rows = x.shape
+    first = torch.full((k, rows), -math.inf)
+    first[0] = 0.0
+    none = first[1:2]
+
+    def add(e: Tensor, w: Tensor) -> Tensor:
+        return torch.logaddexp(e, w + torch.cat((none, e[:-1])))
+
+    before = [first]
+    for j in range(n - 1):
+        before.append(add(before[-1], x[j]))
+    after, joint = first, torch.empty_like(x)
+    for j in reversed(range(n)):
+        joint[j] = x[j] + (before[j] + after.flip(0)).logsumexp(0)
+        after = add(after, x[j])
+    return (joint - joint.logsumexp(0)).exp() * k
+
+
+def linear_domain(x: Tensor, k: int) -> Tensor:
+    """The same with odds that sum to k, so that nothing overflows; enough where alpha D is moderate, as here."""
+    w = torch.softmax(x, 0)
+    if k == 1:
+        return w
+    w = w * k
+    n, rows = x.shape
+    before = torch.zeros(n, k, rows)
+    before[0, 0] = 1
+    for j in range(n - 1):
+        torch.add(before[j, 1:], before[j, :-1] * w[j], out=before[j + 1, 1:])
+        before[j + 1, 0] = 1
+    after, joint = before[0].clone(), torch.empty_like(x)  # after[m] meets before[j, k - 1 - m]
+    after[0], after[k - 1] = 0, 1
+    for j in reversed(range(n)):
+        torch.sum(before[j] * after, 0, out=joint[j])
+        after[:-1] += after[1:] * w[j]
+    joint *= w
+    return joint * (k / joint.sum(0))
+
+
+def forms(a: Tensor, b: Tensor, k: int) -> Iterator[Form]:
+    functions: dict[str, Inclusion] = {"torch eager log-domain": log_domain, "torch eager linear-domain": linear_domain}
+    if k == 1:  # one softmax in both; for k = 10 the loop over 200 points, unrolled, is too long a program to compile
+        functions = {"torch eager": linear_domain, "torch.compile": linear_domain}
+    part = min(len(a), TORCH_PART)
+    for name, inclusion in functions.items():
+        one = statistic_of if name != "torch.compile" else torch.compile(statistic_of, dynamic=False)
+        for batch in (size for size in BATCHES["torch"] if part % size == 0):
+
+            def check(a: Tensor, b: Tensor, one=one, inclusion=inclusion, batch=batch) -> tuple[Tensor]:
+                return (torch.cat([one(*block, k, inclusion) for block in zip(a.split(batch), b.split(batch), strict=True)]),)
+
+            def run(check=check) -> tuple[Tensor]:
+                return check(a[:part], b[:part])
+
+            yield Form(f"{name}, {batch} repetitions", "ieee", run, check, part / len(a))
+    if importlib.util.find_spec("jax") is not None:
+        yield from jax_forms(a, b, k)
+
+
+def jax_forms(a: Tensor, b: Tensor, k: int) -> Iterator[Form]:
+    """One repetition written down, vmap over a batch, one loop over batches on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    n1, n2 = a.shape[1], b.shape[1]
+    n = n1 + n2
+    chi1, chi2 = n1 * n2 / (n * (n - 1)), 4 * (n1 - 1) * (n2 - 1) / ((n - 2) * (n - 3))
+    own = jnp.eye(n, dtype=bool)
+
+    def stacked(w: Any) -> Any:
+        """Odds [n, rows] -> w_j times the polynomial of the others, coefficients as one array."""
+
+        def add(e: Any, w: Any) -> Any:
+            return e + w * jnp.concatenate([jnp.zeros_like(e[:1]), e[:-1]])
+
+        def back(after: Any, part: Any) -> Any:
+            w, before = part
+            return add(after, w), (before * after[::-1]).sum(0) * w
+
+        first = jnp.zeros((k, w.shape[1])).at[0].set(1)
+        _, before = jax.lax.scan(lambda e, w: (add(e, w), e), first, w)
+        return jax.lax.scan(back, first, (w, before), reverse=True)[1]
+
+    def apart(w: Any) -> Any:
+        """The same, each coefficient an array of its own."""
+
+        def add(e: Any, w: Any) -> Any:
+            return (e[0], *(e[m] + w * e[m - 1] for m in range(1, k)))
+
+        def back(after: Any, part: Any) -> Any:
+            w, before = part
+            return add(after, w), sum(before[m] * after[k - 1 - m] for m in range(k)) * w
+
+        first = (jnp.ones_like(w[0]), *[jnp.zeros_like(w[0])] * (k - 1))
+        _, before = jax.lax.scan(lambda e, w: (add(e, w), e), first, w)
+        return jax.lax.scan(back, first, (w, before), reverse=True)[1]
+
+    def statistic(a: Any, b: Any, polynomials: Any) -> Any:
+        """a [n1, 2], b [n2, 2] -> one number."""
+        z = jnp.concatenate([a, b])
+        square = sum((z[:, None, i] - z[None, :, i]) ** 2 for i in range(2))
+        p = jax.nn.softmax(jnp.where(own, -jnp.inf, -jnp.sqrt(JITTER + square)), 0)  # [j, i]: distances are symmetric
+        if k > 1:
+            p = polynomials(k * p)
+            p = p * (k / p.sum(0))
+        excess = jnp.where(own, 0, p - k / (n - 1))
+        between = excess[n1:, :n1].sum() + excess[:n1, n1:].sum()
+        both = (excess * (excess + excess.T)).sum()
+        variance = chi1 * (1 - chi2) * (excess.sum(1) ** 2).sum() + chi1 * chi2 * both
+        return -between / jnp.sqrt(JITTER + variance)
+
+    functions = {"JAX": stacked} if k == 1 else {"JAX, coefficients stacked": stacked, "JAX, coefficients apart": apart}
+    whole_a, whole_b = jnp.asarray(a.numpy()), jnp.asarray(b.numpy())
+    for name, polynomials in functions.items():
+        for batch in (size for size in BATCHES["JAX"] if CHECKED % size == 0 and len(a) % size == 0):
+
+            def all_of(a: Any, b: Any, batch=batch, polynomials=polynomials) -> Any:
+                many = jax.vmap(lambda a, b: statistic(a, b, polynomials))
+                blocks = (t.reshape(-1, batch, *t.shape[1:]) for t in (a, b))
+                return jax.lax.map(lambda block: many(*block), tuple(blocks)).reshape(-1)
+
+            jitted = jax.jit(all_of)
+
+            def run(jitted=jitted) -> tuple[Any]:
+                return (jitted(whole_a, whole_b),)
+
+            def check(a: Tensor, b: Tensor, jitted=jitted) -> tuple[Any]:
+                return (jitted(jnp.asarray(a.numpy()), jnp.asarray(b.numpy())),)
+
+            yield Form(f"{name}, {batch} repetitions", "ieee", run, check)

@@ -30,6 +30,11 @@ class Workload(NamedTuple):
     def tried(self) -> Workload:
         return self._replace(rows=self.quick[0], samples=self.quick[1])
 
+    @staticmethod
+    def on_cpu(name: str) -> Workload:
+        rows, samples = CPU_SIZES[name]
+        return WORKLOADS[name]._replace(rows=rows, samples=samples)
+
     @property
     def narrow(self) -> bool:
         return len(self.widths) == 3 and self.widths[0] + self.widths[-1] <= 8
@@ -49,6 +54,7 @@ WORKLOADS = {
     "W4a": Workload(NARROW, "gaussian", 1e-5, 10_000, 512, True, (200, 128)),
     "W4b": Workload(WIDE, "bernoulli", 0.0, 1024, 512, True, (16, 64)),
 }
+CPU_SIZES = {"W1": (2048, 5000), "W2": (500, 5000), "W3": (20, 5000), "W4a": (500, 512), "W4b": (64, 64)}  # rows and samples
 
 # A result's largest error against float64, in units of the largest log-weight, or of a gradient's largest entry. In W2 and W4a
 # log-weights reach -1e4 and their gradients divide by 1e-5, so rounding is larger there than in W3.
@@ -177,6 +183,26 @@ def by_lanes(pairs: Pairs, x: Tensor, mean: Tensor, log_std: Tensor, noise: Tens
     return log_weights.logsumexp(-1) - math.log(noise.shape[1])
 
 
+def unrolled(pairs: Pairs, x: Tensor, mean: Tensor, log_std: Tensor, noise: Tensor, likelihood: str, variance: float) -> Tensor:
+    """The same, hidden unit by hidden unit as well: every number that is in flight is [n, S], and samples lie in lanes."""
+    (w, b), (v, c) = pairs
+    eps = noise.unbind(-1)
+    z = [mean[:, i, None] + log_std[:, i, None].exp() * e for i, e in enumerate(eps)]
+    log_weights = sum(
+        0.5 * (e.square() - code.square()) + log_std[:, i, None] for i, (e, code) in enumerate(zip(eps, z, strict=True))
+    )
+    outputs = [c[d] for d in range(x.shape[1])]
+    for j in range(w.shape[0]):
+        h = (b[j] + sum(w[j, i] * code for i, code in enumerate(z))).tanh()
+        outputs = [output + v[d, j] * h for d, output in enumerate(outputs)]
+    for d, output in enumerate(outputs):
+        if likelihood == "gaussian":
+            log_weights = log_weights + -0.5 * ((output - x[:, d, None]).square() / variance + math.log(2 * math.pi * variance))
+        else:
+            log_weights = log_weights + x[:, d, None] * output - F.softplus(output)
+    return log_weights.logsumexp(-1) - math.log(noise.shape[1])
+
+
 def rows_of(lines: int, w: Workload) -> int:
     """Rows of a chunk of at most ``lines`` samples: a divisor of all rows, so that a compiler sees one shape."""
     most = max(1, min(w.rows, lines // w.samples))
@@ -189,7 +215,8 @@ class Form(NamedTuple):
     name: str
     precision: str
     run: Callable[[], Any]
-    check: Callable[[Problem, Tensor], tuple[Tensor, ...]]
+    check: Callable[..., tuple[Tensor, ...]]  # (Problem, Tensor) in W2 to W4b
+    share: float = 1.0  # of the workload that ``run`` does, where the whole would take minutes: its time is divided by it
 
 
 def chunked(p: Problem, function: Callable[..., Tensor], step: int, draw: Callable[[int], Tensor]) -> tuple[Tensor, ...]:
@@ -219,8 +246,9 @@ def chunked(p: Problem, function: Callable[..., Tensor], step: int, draw: Callab
 
 
 def torch_forms(p: Problem, precision: str, name: str, lines: list[int]) -> Iterator[Form]:
-    """``name`` is "torch eager", "torch.compile" or, for narrow decoders, "torch.compile by coordinate"."""
-    function = by_lanes if name.endswith("by coordinate") else log_likelihood
+    """``name`` is "torch eager", "torch.compile" or, for narrow decoders, "torch.compile by coordinate" or "... unrolled"."""
+    function = {"torch.compile by coordinate": by_lanes, "torch.compile unrolled": unrolled}.get(name, log_likelihood)
+    lanes = function is not log_likelihood and p.x.device.type == "cpu"  # there a coordinate is faster read without strides
     if name != "torch eager":
         function = torch.compile(function, dynamic=False)
     latents, samples = p.mean.shape[1], p.workload.samples
@@ -228,6 +256,8 @@ def torch_forms(p: Problem, precision: str, name: str, lines: list[int]) -> Iter
 
         def run(step=step):
             def draw(start: int) -> Tensor:
+                if lanes:
+                    return torch.randn(latents, step, samples).permute(1, 2, 0)
                 return torch.randn(step, samples, latents, device=p.x.device)
 
             with autocast(precision, p.x.device):
@@ -242,6 +272,28 @@ def torch_forms(p: Problem, precision: str, name: str, lines: list[int]) -> Iter
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# --- chunks of less than a row ---
+
+
+def split(p: Problem, parts: int) -> Problem:
+    """Each row ``parts`` times, with that share of its samples. `joined` makes one row of them again; not for gradients."""
+    w = p.workload._replace(rows=p.workload.rows * parts, samples=p.workload.samples // parts)
+    return Problem(w, *(t.repeat_interleave(parts, 0) for t in (p.x, p.mean, p.log_std)), p.pairs)
+
+
+def joined(form: Form, parts: int) -> Form:
+    def join(found: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        (value,) = found
+        value = value if isinstance(value, Tensor) else torch.from_dlpack(value)
+        return (value.view(-1, parts).logsumexp(1) - math.log(parts),)
+
+    def check(p: Problem, noise: Tensor) -> tuple[Tensor, ...]:
+        part = split(p, parts)
+        return join(form.check(part, noise.reshape(len(part.x), -1, noise.shape[-1])))
+
+    return form._replace(name=f"{form.name}, 1/{parts} of the samples", run=lambda: join(form.run()), check=check)
 
 
 # --- agreement ---

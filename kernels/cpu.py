@@ -319,6 +319,6 @@ def importance_backward(
     call.run(
         "importance_backward", grad=grad, log_likelihood=log_likelihood, to_x=to_x if want_x else None,
         to_variance=to_variance if want_variance else None, to_mean=to_mean, to_log_scale=to_log_scale, to_weights=to_weights,
-        to_biases=[b if had is not None else None for b, had in zip(to_biases, decoder.biases, strict=True)],
+        to_biases=to_biases,
     )  # fmt: skip
     return to_x, to_mean, to_log_scale, to_weights, to_biases, to_variance

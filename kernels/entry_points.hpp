@@ -43,7 +43,7 @@ struct Importance {
     void *to_x, *to_variance;                // [replicas, rows, outputs], [replicas, variances]; null: not wanted
     void *to_mean, *to_log_scale;
     void* const* to_weights;                 // [layers] of [replicas, out, in]
-    void* const* to_biases;                  // [layers] of [replicas, out], or null
+    void* const* to_biases;                  // [layers] of [replicas, out]
 };
 
 }  // namespace libi

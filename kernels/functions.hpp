@@ -3,7 +3,8 @@
 //
 //   exp(x)       x = n ln2 + r, |r| <= ln2 / 2:  2^n (1 + q),  q = expm1(r).  Error about 1 ulp; 0 below -87 (-708), held
 //                at e^88 (e^709) above; NaN stays NaN.
-//   expm1(x)     2^n q + (2^n - 1): as accurate where x is small.  For x >= -87 (-708), held as exp is.
+//   expm1(x)     2^n q + (2^n - 1): as accurate where x is small.  For x >= -87 (-708).
+//   tanh(x)      of expm1; relative error 1.5e-7 (3e-16).
 //   log(x)       for finite normal x > 0, error about 1 ulp.
 //   log1p(u)     for u in [0, 1]: 2 atanh(u / (2 + u)), accurate where u is small.
 //   normal_tail  Phi(-a) and exp(-a^2 / 2) for a >= 0: float t P(t) exp(-a^2 / 2) with t = 1 / (1 + 0.27 a), P fitted at
@@ -29,9 +30,9 @@ struct Constants<float> {
     static constexpr float round = 12582912.0f + 127.0f;  // 1.5 * 2^23: n + bias comes to lie in the lowest bits
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     static constexpr float least = -87.0f, most = 88.0f, saturated = 9.02f;
-    // expm1(r) = r + r^2 (c_0 + c_1 r + ...), Cephes
-    static constexpr float series[] = {5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f,
-                                       8.3334519073e-3f, 1.3981999507e-3f, 1.9875691500e-4f};
+    // expm1(r) = r + r^2 (c_0 + c_1 r + ...), minimax in the relative error: 1.4e-8
+    static constexpr float series[] = {4.9999998122e-1f, 1.6666542187e-1f, 4.1667206065e-2f, 8.3667136505e-3f,
+                                       1.3882485684e-3f};
     // atanh(s) = s + s z (1/3 + z/5 + ...), z = s^2 <= 1/9
     static constexpr int atanh_terms = 7;
 };
@@ -109,6 +110,26 @@ LIBI_INLINE Vector<T> expm1_within(Vector<T> x) {
     Vector<T> scale, q;
     split_exp<T>(x, scale, q);
     return multiply_add(scale, q, scale - all<T>(1));
+}
+
+// tanh(x) = e / (e + 2), e = expm1(2 x) = 2^n (1 + q) - 1, q = expm1(2 r) and r = x - n ln2 / 2 by one step: its error grows
+// with n, but tanh is flat by then. A division for each is faster than one shared by several.
+template <class T>
+LIBI_INLINE Vector<T> tanh_of(Vector<T> x) {
+    using V = Vector<T>;
+    using C = Constants<T>;
+    const V most = all<T>(C::saturated);
+    x = at_most(most, at_least(-most, x));
+    const V shifted = multiply_add(x, all<T>(static_cast<T>(2.88539008177792681472)), all<T>(C::round));
+    const V n = shifted - all<T>(C::round);
+    const V r = multiply_add(n, all<T>(static_cast<T>(-0.34657359027997265471)), x);
+    constexpr int terms = static_cast<int>(sizeof(C::series) / sizeof(T));
+    V p = all<T>(C::series[terms - 1] * static_cast<T>(int64_t{2} << terms));
+    for (int k = terms - 2; k >= 0; --k) p = multiply_add(p, r, all<T>(C::series[k] * static_cast<T>(int64_t{4} << k)));
+    const V q = multiply_add(p, r * r, r + r);
+    const V scale = bit_cast<V>(bit_cast<typename C::Bits>(shifted) << C::mantissa);
+    const V e = multiply_add(scale, q, scale - all<T>(1));
+    return e / (e + all<T>(2));
 }
 
 template <class T>

@@ -21,30 +21,20 @@ struct Sums {
     T pivot = -std::numeric_limits<T>::infinity();
     double first = 0, second = 0;
 
-    void merge(T other_pivot, double other_first, double other_second) {
-        // The floor keeps -inf - -inf out; NaN is the larger of any two.
-        T top = pivot > other_pivot || pivot != pivot ? pivot : other_pivot;
+    // From here on relative to the larger of both pivots. The floor keeps -inf - -inf out.
+    void raise(T other) {
+        T top = pivot < other ? other : pivot;
         if (top < -std::numeric_limits<T>::max()) top = -std::numeric_limits<T>::max();
-        const double mine = std::exp(static_cast<double>(pivot) - static_cast<double>(top));
-        const double others = std::exp(static_cast<double>(other_pivot) - static_cast<double>(top));
-        first = first * mine + other_first * others;
-        second = second * mine * mine + other_second * others * others;
-        pivot = top;
+        if (top == pivot) return;
+        const double factor = std::exp(static_cast<double>(pivot) - static_cast<double>(top));
+        first *= factor, second *= factor * factor, pivot = top;
+    }
+    void merge(Sums other) {
+        raise(other.pivot);
+        other.raise(pivot);
+        first += other.first, second += other.second;
     }
 };
-
-// Adds a[begin] .. a[end - 1] in an order that depends on their number alone.
-template <class T>
-double add_lanes(const T* a, int64_t begin, int64_t end) {
-    T lane[16] = {};
-    int64_t i = begin;
-    for (; i + 16 <= end; i += 16)
-        for (int64_t l = 0; l < 16; ++l) lane[l] += a[i + l];
-    for (int64_t l = 0; i < end; ++i, ++l) lane[l] += a[i];
-    for (int64_t half = 8; half > 0; half /= 2)
-        for (int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
-    return static_cast<double>(lane[0]);
-}
 
 // The largest `wanted` numbers of those pushed: up to twice as many are kept, then cut.
 template <class T>
@@ -77,22 +67,46 @@ struct Largest {
     }
 };
 
-// Log-weights in lanes begin .. end - 1, all of one row, join its sums. `weights` is room for a tile.
+// Adds the numbers of a strip in a fixed tree.
 template <class T>
-void merge_lanes(const T* log_weights, int64_t begin, int64_t end, T* weights, Sums<T>& sums) {
-    T top = log_weights[begin];
-    bool nan = false;
-    for (int64_t s = begin; s < end; ++s) {
-        top = log_weights[s] > top ? log_weights[s] : top;
-        nan = nan || log_weights[s] != log_weights[s];
+double add_strip(T* lane) {
+    for (int64_t half = kStrip<T> / 2; half > 0; half /= 2)
+        for (int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
+    return static_cast<double>(lane[0]);
+}
+
+// A whole tile's log-weights, of one row, join its sums. NaN passes over the maximum, and makes the sums NaN.
+template <class T>
+void merge_tile(const T* log_weights, Sums<T>& sums) {
+    using V = Vector<T>;
+    constexpr int64_t lanes = kStrip<T>;
+    alignas(64) T top[lanes], first[lanes], second[lanes];
+    for (int64_t lane = 0; lane < lanes; lane += kWidth<T>) {
+        V most = all<T>(-std::numeric_limits<T>::infinity());
+        for (int64_t s = lane; s < kTileSamples; s += lanes) most = at_least(load<T>(log_weights + s), most);
+        store<T>(top + lane, most);
     }
-    if (nan) top = std::numeric_limits<T>::quiet_NaN();
-    const T pivot = top < -std::numeric_limits<T>::max() ? -std::numeric_limits<T>::max() : top;
-    for (int64_t s = 0; s < kTileSamples; s += kWidth<T>)
-        store<T>(weights + s, exp_of<T>(load<T>(log_weights + s) - all<T>(pivot)));
-    const double first = add_lanes(weights, begin, end);
-    for (int64_t s = 0; s < kTileSamples; ++s) weights[s] *= weights[s];
-    sums.merge(pivot, first, add_lanes(weights, begin, end));
+    for (int64_t half = lanes / 2; half > 0; half /= 2)
+        for (int64_t l = 0; l < half; ++l) top[l] = top[l] < top[l + half] ? top[l + half] : top[l];
+    sums.raise(top[0]);
+    for (int64_t lane = 0; lane < lanes; lane += kWidth<T>) {
+        V one = V{}, two = V{};
+        for (int64_t s = lane; s < kTileSamples; s += lanes) {
+            const V w = exp_of<T>(load<T>(log_weights + s) - all<T>(sums.pivot));
+            one = one + w, two = multiply_add(w, w, two);
+        }
+        store<T>(first + lane, one), store<T>(second + lane, two);
+    }
+    sums.first += add_strip(first), sums.second += add_strip(second);
+}
+
+// Likewise the samples of a row in lanes begin .. end - 1, moved to the front so that their place moves no bit.
+template <class T>
+void merge_lanes(const T* log_weights, int64_t begin, int64_t end, Sums<T>& sums) {
+    alignas(64) T moved[kTileSamples];
+    std::fill(moved, moved + kTileSamples, -std::numeric_limits<T>::infinity());
+    std::copy(log_weights + begin, log_weights + end, moved);
+    merge_tile(moved, sums);
 }
 
 template <class T>
@@ -119,7 +133,7 @@ void run_together(const Plan<T>& plan, int64_t r, int64_t group, Space<T>& space
         Sums<T> sums;
         Largest<T> largest{kept, plan.call.tail};
         const int64_t begin = i * plan.call.samples, end = begin + plan.call.samples;
-        merge_lanes(space.log_weights, begin, end, space.partial, sums);
+        merge_lanes(space.log_weights, begin, end, sums);
         largest.push(space.log_weights + begin, end - begin);
         write_row(plan, r * plan.call.rows + space.row + i, sums, largest);
     }
@@ -131,7 +145,7 @@ Sums<T> run_segment(const Plan<T>& plan, int64_t r, int64_t segment, Space<T>& s
     const int64_t begin = segment * kSegment, end = smaller(begin + kSegment, plan.call.samples);
     for (int64_t sample = begin; sample < end; sample += kTileSamples) {
         run_tile<T, false>(plan, r, sample, space, Nothing{});
-        merge_lanes(space.log_weights, 0, space.count, space.partial, sums);
+        merge_tile(space.log_weights, sums);
         largest.push(space.log_weights, space.count);
     }
     return sums;
@@ -143,8 +157,7 @@ void run_row(const Plan<T>& plan, int64_t r, int64_t row, Space<T>& space, T* ke
     Sums<T> sums;
     Largest<T> largest{kept, plan.call.tail};
     for (int64_t segment = 0; segment * kSegment < plan.call.samples; ++segment) {
-        const Sums<T> more = run_segment(plan, r, segment, space, largest);
-        sums.merge(more.pivot, more.first, more.second);
+        sums.merge(run_segment(plan, r, segment, space, largest));
     }
     write_row(plan, r * plan.call.rows + row, sums, largest);
 }
@@ -192,7 +205,7 @@ int forward(const Importance& call) {
         Sums<T> all;
         Largest<T> largest{spaces[0].more(), tail};
         for (int64_t task = row * segments; task < (row + 1) * segments; ++task) {
-            all.merge(sums[task].pivot, sums[task].first, sums[task].second);
+            all.merge(sums[task]);
             for (int64_t i = 0; i < tail; i += kTileSamples)
                 largest.push(tops.get() + task * tail + i, smaller(kTileSamples, tail - i));
         }

@@ -224,12 +224,12 @@ template <class T>
 void join(const Importance& call, const Outer<T>& o, int64_t layer, int64_t r, int64_t unit, const Part<T>* parts,
           int64_t count, int64_t offset, bool set) {
     T* const weight = static_cast<T*>(call.to_weights[layer]) + (r * o.units + unit) * (o.inputs - 1);
-    T* const bias = static_cast<T*>(call.to_biases[layer]);
+    T& bias = static_cast<T*>(call.to_biases[layer])[r * o.units + unit];
     for (int64_t p = 0; p < count; ++p) {
         const T* const from = parts[p].weights + offset;
         const auto add = [&](T& to, int64_t k) { to = set && p == 0 ? o.value(from, unit, k) : to + o.value(from, unit, k); };
         for (int64_t k = 0; k + 1 < o.inputs; ++k) add(weight[k], k);
-        if (bias != nullptr) add(bias[r * o.units + unit], o.inputs - 1);
+        add(bias, o.inputs - 1);
     }
 }
 

@@ -105,7 +105,7 @@ LIBI_INLINE void product(const T* packed, int64_t rows, int64_t inputs, Panels<T
     }
 }
 
-// --- activations: a block [units][panel] in place, and the slopes if asked. Two units share a division. ---
+// --- activations: a block [units][panel] in place, and the slopes if asked ---
 
 enum Activation : int64_t { kIdentity, kRelu, kTanh, kSigmoid, kSoftplus, kSilu, kGelu, kCube, kLeakyRelu, kElu, kActivations };
 
@@ -114,7 +114,7 @@ LIBI_INLINE Vector<T> sigmoid(Vector<T> a) {
     return all<T>(1) / (all<T>(1) + exp_of<T>(-a));
 }
 
-// A::run(a, slope) gives the value; slope is written if it is not null.
+// A::run(a, slope) gives the value, and the slope with it.
 struct Identity {
     template <class T>
     LIBI_INLINE Vector<T> run(Vector<T> a, Vector<T>& slope) {
@@ -132,23 +132,11 @@ struct Relu {
 };
 
 struct Tanh {
-    // a and b: e = expm1(2 a), tanh = e / (e + 2).
-    template <class T>
-    LIBI_INLINE void run_two(Vector<T>& a, Vector<T>& b) {
-        const auto most = all<T>(Constants<T>::saturated);
-        a = expm1_within<T>(at_most(most, at_least(-most, a)) * all<T>(2));
-        b = expm1_within<T>(at_most(most, at_least(-most, b)) * all<T>(2));
-        const Vector<T> under_a = a + all<T>(2), under_b = b + all<T>(2);
-        const Vector<T> inverse = all<T>(1) / (under_a * under_b);
-        a = a * (under_b * inverse);
-        b = b * (under_a * inverse);
-    }
     template <class T>
     LIBI_INLINE Vector<T> run(Vector<T> a, Vector<T>& slope) {
-        Vector<T> b = a;
-        run_two<T>(a, b);
-        slope = multiply_add(-a, a, all<T>(1));
-        return a;
+        const Vector<T> h = tanh_of<T>(a);
+        slope = multiply_add(-h, h, all<T>(1));
+        return h;
     }
 };
 
@@ -216,23 +204,7 @@ struct Elu {
 
 template <class T, class A, bool slopes>
 void activate(T* values, int64_t units, T* slope) {
-    int64_t first = 0;
-    if constexpr (std::is_same_v<A, Tanh>) {
-        for (; first + 2 <= units; first += 2)
-            for (int64_t v = 0; v < kPanel<T>; v += kWidth<T>) {
-                T* const at = values + first * kPanel<T> + v;
-                Vector<T> a = load<T>(at), b = load<T>(at + kPanel<T>);
-                Tanh::run_two<T>(a, b);
-                store<T>(at, a);
-                store<T>(at + kPanel<T>, b);
-                if constexpr (slopes) {
-                    T* const to = slope + first * kPanel<T> + v;
-                    store<T>(to, multiply_add(-a, a, all<T>(1)));
-                    store<T>(to + kPanel<T>, multiply_add(-b, b, all<T>(1)));
-                }
-            }
-    }
-    for (int64_t i = first * kPanel<T>; i < units * kPanel<T>; i += kWidth<T>) {
+    for (int64_t i = 0; i < units * kPanel<T>; i += kWidth<T>) {
         Vector<T> s;
         store<T>(values + i, A::template run<T>(load<T>(values + i), s));
         if constexpr (slopes) store<T>(slope + i, s);

@@ -116,7 +116,7 @@ struct Plan {
         constant.reset(new (std::nothrow) T[static_cast<size_t>(own + 1)]);
         if (!packed.make(own * size_packed) || !precision.make(own * outputs) || !constant) return kOutOfMemory;
         if (backward && !turned.make(own * size_turned)) return kOutOfMemory;
-        #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (own > 1)
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (own > 1)
         for (int64_t r = 0; r < own; ++r) pack_replica(r, backward);
         return kOk;
     }

@@ -1,4 +1,4 @@
-"""Random importance-weighted problems, solved by the Triton kernels and by the reference, and the comparison of both."""
+"""Random importance-weighted problems, solved by the fused kernels and by the reference, and the comparison of both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from libi_fast.kernels.importance import gpu, reference
+from libi_fast.kernels import cpu
+from libi_fast.kernels.importance import reference
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
 
 
@@ -83,10 +84,19 @@ def _named(forward: Any, backward: Any) -> dict[str, Tensor]:
 
 
 def fused(p: Problem, device: torch.device) -> dict[str, Tensor]:
+    from libi_fast.kernels.importance import gpu
+
     p = p.to(device, torch.float32)
     arguments = (p.x, p.mean, p.log_scale, p.decoder, p.draws(), p.num_samples)
     forward = gpu.forward(*arguments, p.tail, p.precision)
     return _named(forward, gpu.backward(p.grad, forward[0], *arguments, p.kind, p.precision, list(p.wanted)))
+
+
+def native(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
+    p = p.to("cpu", dtype)
+    arguments = (p.x, p.mean, p.log_scale, p.decoder, p.draws(), p.num_samples)
+    forward = cpu.importance(*arguments, p.tail)
+    return _named(forward, cpu.importance_backward(p.grad, forward[0], *arguments, p.kind, list(p.wanted)))
 
 
 def exact(p: Problem, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -97,9 +107,14 @@ def exact(p: Problem, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 
 def check(p: Problem, device: torch.device, times: float = 8.0, floor: float = 4e-6) -> dict[str, Tensor]:
-    """The kernels' error against float64 is at most ``times`` that of the reference in float32, plus ``floor`` of the result's
-    largest value (a few dozen roundings of float32)."""
-    found, truth, rounded = fused(p, device), exact(p), exact(p, torch.float32)
+    """The Triton kernels on ``device``: ``compare`` has the measure."""
+    return compare(p, fused(p, device), times, floor)
+
+
+def compare(p: Problem, found: dict[str, Tensor], times: float, floor: float) -> dict[str, Tensor]:
+    """The error against float64 is at most ``times`` that of the reference in float32, plus ``floor`` of the result's largest
+    value (a few dozen roundings of float32)."""
+    truth, rounded = exact(p), exact(p, torch.float32)
     assert found.keys() == truth.keys()
     for name, value in truth.items():
         assert found[name].shape == value.shape, name

@@ -1,0 +1,330 @@
+"""The C++ importance kernels: against the reference in float64 and float32, the same bits whatever shares the work."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import check_same_bits_for_any_number_of_threads, check_same_bits_for_instruction_set, results_of_instruction_sets
+from problems import Problem, compare, exact, native, problem
+from torch import Tensor
+
+import libi_fast as lf
+from libi_fast.kernels import cpu
+from libi_fast.kernels.importance.reference import ACTIVATIONS, GRADIENTS
+
+if not cpu.available():
+    pytest.skip(f"no compiled library: {cpu.why_unavailable()}", allow_module_level=True)
+
+F32, F64 = torch.float32, torch.float64
+# From latents to outputs: one layer, narrow and wide gradients' sums (512 weights part them), blocks of 14 and 6 with rests.
+WIDTHS = [[3, 5], [2, 6, 3], [1, 4, 1], [4, 20, 7], [2, 50, 2], [5, 40, 31, 30], [9, 15, 29, 43], [3, 70, 1]]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh results hold NaN, so that a number never written is seen."""
+    fresh = Tensor.new_empty
+
+    def filled(self: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return fresh(self, *arguments, **options).fill_(math.nan)
+
+    monkeypatch.setattr(Tensor, "new_empty", filled)
+
+
+def close(p: Problem, tolerance: float = 2e-11) -> dict[str, Tensor]:
+    """In float64, in units of each result's largest value."""
+    found, truth = native(p, F64), exact(p)
+    assert found.keys() == truth.keys()
+    for name, value in truth.items():
+        assert found[name].shape == value.shape, name
+        if value.numel():
+            error = (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-300)
+            assert error <= tolerance, f"{name}: {error:.1e}"
+    return found
+
+
+def check(p: Problem) -> dict[str, Tensor]:
+    close(p)
+    return compare(p, native(p, F32), 4.0, 4e-6)  # of few numbers; the next test has the errors of many
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        problem([2, 50, 2], rows=100, num_samples=128, diagonal=False),
+        problem([2, 50, 2], "gelu", "bernoulli", rows=100, num_samples=128),
+        problem([10, 60, 200], "tanh", "bernoulli", rows=30, num_samples=64),
+        problem([10, 60, 200], "silu", "gaussian", rows=30, num_samples=64),
+    ],
+    ids=["narrow gaussian", "narrow bernoulli", "wide bernoulli", "wide gaussian"],
+)
+def test_float32_errs_at_most_twice_as_much_as_torch(p: Problem) -> None:
+    """Root mean square errors against float64."""
+    found, truth, rounded = native(p, F32), exact(p), exact(p, F32)
+    for name, value in truth.items():
+        if value.numel() > 10:  # of fewer, luck decides
+            ours, torchs = (float((r[name].double() - value).square().mean().sqrt()) for r in (found, rounded))
+            assert ours <= 2 * torchs, f"{name}: {ours:.1e}, torch's {torchs:.1e}"
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_likelihood_and_gradient(activation: str, likelihood: str, kind: str) -> None:
+    check(problem([2, 21, 3], activation, likelihood, kind=kind, num_samples=70, tail=2))
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_output_activations(activation: str, likelihood: str) -> None:
+    check(problem([2, 4, 2], "tanh", likelihood, output=activation, num_samples=40))
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_widths(widths: list[int], likelihood: str) -> None:
+    check(problem(widths, "softplus", likelihood, rows=4, num_samples=67, replicas=2, own=2, tail=4, bias=widths[0] != 4))
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 21, 32, 33, 63, 64, 65, 128, 1023, 1025, 2048])
+def test_samples(num_samples: int, latent_dim: int) -> None:
+    """Rows that share a tile and rows of many, with every packing of the draws; segments of 1024."""
+    rows = 70 if num_samples < 3 else 14 if num_samples < 64 else 2
+    check(problem([latent_dim, 6, 2], rows=rows, num_samples=num_samples, tail=min(num_samples, 7)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 130])
+def test_rows(rows: int) -> None:
+    """One part, several, as many as there may be."""
+    check(problem([2, 5, 3], rows=rows, num_samples=130))
+
+
+@pytest.mark.parametrize("own", [1, 3])
+def test_replicas(own: int) -> None:
+    p = problem([2, 4, 2], "elu", "bernoulli", rows=2, replicas=3, own=own, diagonal=False)
+    found = check(p._replace(x=p.x[:1].expand(3, -1, -1)))
+    assert found["log_likelihood"].unique().numel() == 6
+
+
+def test_many_replicas() -> None:
+    check(problem([2, 9, 2], rows=5, num_samples=20, replicas=50, own=50))
+
+
+def test_data_shared_by_replicas() -> None:
+    p = problem([2, 4, 2], rows=3, replicas=2)
+    check(p._replace(x=p.x[:1]))
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_variance(diagonal: bool) -> None:
+    check(problem([2, 4, 5], rows=9, diagonal=diagonal, num_samples=100))
+
+
+@pytest.mark.parametrize("wanted", [(False, True), (True, False), (False, False)])
+def test_only_what_is_wanted(wanted: tuple[bool, bool]) -> None:
+    p = problem([2, 4, 3], rows=3)
+    found, truth = native(p._replace(wanted=wanted), F64), exact(p)
+    for name, asked in zip(("to_x", "to_variance"), wanted, strict=True):
+        assert torch.allclose(found[name], truth[name] if asked else torch.zeros_like(truth[name]))
+    assert torch.allclose(found["to_weight_0"], truth["to_weight_0"])
+
+
+def test_strided_arguments() -> None:
+    p = problem([2, 6, 3], rows=4, replicas=2, own=2).to("cpu", F64)
+    turned = p._replace(
+        x=p.x.mT.contiguous().mT, mean=p.mean.expand(2, 4, 2), grad=p.grad.T.contiguous().T,
+        decoder=p.decoder._replace(weights=[w.mT.contiguous().mT for w in p.decoder.weights]),
+    )  # fmt: skip
+    assert not turned.x.is_contiguous()
+    a, b = native(p, F64), native(turned, F64)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_no_rows_and_no_replicas() -> None:
+    p = problem([2, 6, 3], rows=3)
+    empty = p._replace(x=p.x[:, :0], mean=p.mean[:, :0], log_scale=p.log_scale[:, :0], grad=p.grad[:, :0])
+    found = native(empty, F32)
+    assert found["log_likelihood"].shape == (1, 0)
+    assert all(bool((found[f"to_{name}"] == 0).all()) for name in ("weight_0", "bias_1", "variance"))
+
+
+# --- values that meet a limit ---
+
+
+def peaked(variance: float, rows: int = 20, num_samples: int = 200) -> Problem:
+    p = problem([2, 50, 2], rows=rows, num_samples=num_samples, diagonal=False)
+    return p._replace(decoder=p.decoder._replace(variance=torch.full((1, 1), variance)))
+
+
+@pytest.mark.parametrize("variance", [1e-5, 1e-9, 1e9])
+def test_peaked_and_flat_likelihoods(variance: float) -> None:
+    """Log-weights of -1e4, -1e8, and all alike; in float32 no worse than torch."""
+    check(peaked(variance))
+
+
+def test_saturated_units_and_probabilities() -> None:
+    for activation in set(ACTIVATIONS) - {"cube"}:
+        p = problem([2, 6, 3], activation, "bernoulli", num_samples=64)
+        weights = [p.decoder.weights[0] * 40, p.decoder.weights[1]]
+        close(p._replace(decoder=p.decoder._replace(weights=weights)), 1e-8)  # torch's softplus leaves out e^-20
+
+
+def test_rows_of_no_weight_and_nan() -> None:
+    """A row whose weights are all 0 has log-likelihood -infinity, effective size 0 and no gradient; NaN stays in its row."""
+    p = problem([2, 6, 3], rows=5, num_samples=80, tail=3)
+    x = p.x.clone()
+    x[0, 1], x[0, 3] = math.inf, math.nan
+    found, clean = native(p._replace(x=x), F32), native(p, F32)
+    assert found["log_likelihood"][0, 1] == -math.inf and found["effective_sample_size"][0, 1] == 0
+    assert bool(found["log_likelihood"][0, 3].isnan()) and bool(found["top"][0, 3].isnan().all())
+    for name in ("log_likelihood", "effective_sample_size", "top", "to_mean"):
+        assert torch.equal(found[name][0, ::2], clean[name][0, ::2]), name
+
+
+@pytest.mark.parametrize("tail", [1, 60, 200, 300])
+@pytest.mark.parametrize("num_samples", [300, 2100])
+def test_largest_log_weights(num_samples: int, tail: int) -> None:
+    p = problem([2, 6, 3], rows=2, num_samples=num_samples, tail=tail)
+    found = close(p)["top"]
+    assert bool((found.diff(dim=-1) <= 0).all())
+
+
+# --- the same bits ---
+
+
+def cases() -> list[Problem]:
+    """Rows that share tiles, few rows of many samples (cut into segments), wide layers, many replicas."""
+    torch.manual_seed(11)
+    return [
+        problem([2, 50, 2], rows=37, num_samples=7, tail=3),
+        problem([2, 50, 2], "gelu", rows=1, num_samples=3000, tail=40),
+        problem([5, 60, 71, 43], "silu", "bernoulli", rows=70, num_samples=66),
+        problem([3, 9, 2], "sigmoid", rows=6, replicas=9, own=9, num_samples=90),
+    ]
+
+
+def digest() -> str:
+    hashed = hashlib.sha256()
+    for p in cases():
+        for dtype in (F32, F64):
+            for name, value in native(p, dtype).items():
+                hashed.update(name.encode() + value.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    check_same_bits_for_any_number_of_threads(digest)
+
+
+def test_same_bits_with_avx2_and_avx512() -> None:
+    check_same_bits_for_instruction_set("v3", "test_native_importance", digest)
+
+
+@pytest.mark.parametrize("num_samples", [5, 70, 3000])
+def test_a_shard_of_the_rows_has_the_bits_of_the_whole(num_samples: int) -> None:
+    p = problem([2, 7, 3], rows=23, num_samples=num_samples, tail=4)
+    whole = native(p, F32)
+    for rows in (slice(0, 1), slice(3, 4), slice(4, 23)):
+        part = native(p.rows(rows), F32)
+        for name in ("log_likelihood", "effective_sample_size", "top", "to_mean", "to_log_scale", "to_x"):
+            assert torch.equal(part[name], whole[name][:, rows]), name
+
+
+def test_chunk_size_moves_no_bit() -> None:
+    model = lf.LatentVariableModel(lf.mlp(2, [9], 3), lf.Gaussian(0.1), 2)
+    x = torch.randn(4, 3)
+    options = {"num_samples": 500, "seed": 1, "backend": "cpu"}
+    first, *rest = (lf.log_likelihood(model, x, chunk_size=c, **options).log_likelihood for c in (1, 64, 10**6))
+    assert all(torch.equal(f, first) for f in rest)
+
+
+def test_other_instruction_sets_agree(tmp_path: Path) -> None:
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + (
+        "import torch, test_native_importance as t\n"
+        "found = [t.native(p, t.F64) for p in t.cases()]\n"
+        "torch.save((t.cpu.isa(), found), sys.argv[1])\n"
+    )
+    results = results_of_instruction_sets(program, tmp_path)
+    assert "generic" in results
+    for found in results.values():
+        for p, values in zip(cases(), found, strict=True):
+            for name, true in exact(p).items():
+                if true.numel():
+                    assert (values[name] - true).abs().max() <= 2e-11 * true.abs().max(), name
+
+
+# --- gradients and memory, through the operator ---
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_gradcheck(likelihood: str) -> None:
+    learned = lf.DiagonalGaussian(torch.linspace(0.2, 0.9, 3, dtype=F64), learned=True)
+    noise = learned if likelihood == "gaussian" else lf.Bernoulli()
+    model = lf.LatentVariableModel(lf.mlp(2, [5], 3, "tanh"), noise, 2).double()
+    names, parameters = zip(*Caller(model).named_parameters(), strict=True)
+
+    def value(x: Tensor, mean: Tensor, log_std: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(Caller(model), dict(zip(names, values, strict=True)), (x, mean, log_std))
+
+    inputs = [torch.rand(3, 3, dtype=F64), torch.randn(3, 2, dtype=F64), 0.1 * torch.randn(3, 2, dtype=F64)]
+    leaves = [t.detach().clone().requires_grad_() for t in (*inputs, *parameters)]
+    assert torch.autograd.gradcheck(value, leaves, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+class Caller(torch.nn.Module):
+    def __init__(self, model: lf.LatentVariableModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        return lf.log_likelihood(self.model, x, (mean, log_std), num_samples=12, seed=3, backend="cpu").log_likelihood
+
+
+def test_it_serves_without_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    genuine = cpu.importance
+    monkeypatch.setattr(cpu, "importance", lambda *a: called.append(1) or genuine(*a))
+    model = lf.LatentVariableModel(lf.mlp(2, [5], 3), lf.Gaussian(0.1), 2)
+    lf.log_likelihood(model, torch.randn(4, 3), num_samples=8, seed=0)
+    assert called == [1]
+
+
+# --- calls that the operators would not let through ---
+
+
+def call(p: Problem, **fields: Any) -> None:
+    arguments = (p.x, p.mean, p.log_scale, p.decoder, p.draws(), p.num_samples)
+    made = cpu._ImportanceCall(*arguments, p.tail)
+    for name, value in fields.items():
+        setattr(made._struct, name, value)
+    made.run("importance", log_likelihood=torch.empty(1, 3), effective=torch.empty(1, 3), top=None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"samples": 0}, "size"), ({"replicas": -1}, "size"), ({"rows": -1}, "size"), ({"layers": 0}, "size"),
+        ({"tail": -1}, "size"), ({"variances": 2}, "size"),
+        ({"first_row": 2**32 - 2}, "counter"), ({"first_row": -1}, "counter"),
+        ({"repetition": 2**32}, "counter"), ({"stream": 256}, "counter"), ({"samples": 2**62}, "counter"),
+    ],
+)  # fmt: skip
+def test_bad_calls(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(problem([2, 6, 3]), **fields)
+
+
+def test_bad_replicas_and_layers() -> None:
+    p = problem([2, 6, 3])
+    with pytest.raises(ValueError, match="counter"):
+        call(p._replace(replicas=torch.tensor([2**24])))
+    made = cpu._ImportanceCall(p.x, p.mean, p.log_scale, p.decoder, p.draws(), p.num_samples, 0)
+    made._struct.activations = made._integers([99, 0])
+    with pytest.raises(ValueError, match="size"):
+        made.run("importance")
