@@ -44,13 +44,14 @@ FUZZ := --seconds 60
 PRELOAD_address := libasan.so libstdc++.so
 PRELOAD_thread := libtsan.so
 export ASAN_OPTIONS := detect_leaks=0 allocator_may_return_null=1
-export TSAN_OPTIONS := ignore_noninstrumented_modules=1 halt_on_error=1
+export TSAN_OPTIONS := allocator_may_return_null=1 ignore_noninstrumented_modules=1 halt_on_error=1
 sanitize: sanitize-address sanitize-thread
 
 sanitize-%: $(STAMP)
 	@command -v cmake > /dev/null || { echo "make sanitize needs cmake and GCC with its sanitizers (Debian: apt-get install cmake g++)"; exit 1; }
+	@rm -f build/sanitize/$*/CMakeCache.txt  # which another compiler would clear of our options half-way
 	@cmake -S . -B build/sanitize/$* -DLIBI_SANITIZE=$* -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_COMPILER=$(CXX) > /dev/null
-	@cmake --build build/sanitize/$* --parallel 2
+	@cmake --build build/sanitize/$* --parallel 2 --target libi_fuzz libi_kernels
 	env -u ASAN_OPTIONS -u TSAN_OPTIONS build/sanitize/$*/libi_fuzz $(FUZZ)
 	LD_PRELOAD="$(foreach name,$(PRELOAD_$*),$(shell $(CXX) -print-file-name=$(name)))" LIBI_FAST_LIBRARY=build/sanitize/$*/libi_kernels.so \
 		$(BIN)/python -m pytest -q --capture=sys -m "not slow" tests/test_native_*.py $(ARGS)

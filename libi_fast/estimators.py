@@ -151,14 +151,18 @@ def log_likelihood(
     Source:
         Paper Eq 48; Burda et al. 2016; gradients Roeder et al. 2017, Tucker et al. 2019.
     """
+    if not isinstance(model, LatentVariableModel):
+        raise TypeError(f"model must be a LatentVariableModel, got {type(model).__name__}")
     lib.check_tensor("x", x, 1)
     lib.check_index("num_samples", num_samples, random.INDEX_LIMIT)
     if precision not in op.PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(map(repr, op.PRECISIONS))}, got {precision!r}")
-    if not (math.isfinite(variance_inflation) and variance_inflation > 0):
-        raise InputError(f"variance_inflation must be positive and finite, got {variance_inflation}")
+    lib.check_positive("variance_inflation", variance_inflation)
     if x.dtype != model.dtype:
         raise TypeError(f"x is {x.dtype} but the model is {model.dtype}; convert one of them")
+    device = next((p.device for p in model.parameters()), x.device)
+    if x.device != device:
+        raise InputError(f"x is on {x.device} but the model is on {device}; they must agree")
     x = x.flatten(1) if x.dim() > 1 else x[:, None]
     lib.check_finite("x", x)
     if not torch.compiler.is_compiling():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +46,18 @@ def test_no_fast_math() -> None:
 def test_every_kernel_source_is_built() -> None:
     listed = set(re.findall(r"kernels/\w+/cpu\.cpp", (ROOT / "CMakeLists.txt").read_text()))
     assert listed == {str(p.relative_to(ROOT)) for p in (ROOT / "kernels").glob("*/cpu.cpp")}
+
+
+@pytest.mark.slow
+def test_the_build_takes_half_a_minute_on_two_cores(tmp_path: Path) -> None:
+    """In seconds of processor time, which other programs on the machine hardly move: 60 of them."""
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("needs cmake and a C++ compiler")
+    before = os.times()
+    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tmp_path)], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(tmp_path), "--parallel", "2"], check=True, capture_output=True)
+    after = os.times()
+    assert after.children_user - before.children_user + after.children_system - before.children_system < 60
 
 
 def test_torch_is_no_build_requirement() -> None:

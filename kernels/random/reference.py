@@ -88,6 +88,8 @@ def draws(
     stream: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Draws first_draw .. first_draw + count - 1 of each row, [R, rows, count]; ``convert`` is to_uniform or to_normal."""
+    if 0 in (replicas.shape[0], rows, count):  # the other sizes may be huge
+        return torch.empty((replicas.shape[0], rows, count), dtype=dtype, device=seed.device)
     first_block, last_block = first_draw // 4, (first_draw + count + 3) // 4
     word = words(seed, replicas, first_row, rows, first_block, last_block - first_block, repetition, stream)
     start = first_draw - 4 * first_block

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -96,9 +97,13 @@ def _choose(
 ) -> str:
     tensors = [t for a in arguments for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, Tensor)]
 
+    on_cpu = all(t.device.type == "cpu" for t in tensors)
+
     def refusal(candidate: str) -> str | None:
         if candidate == "cpu" and not native.available():
             return f"the compiled library is missing: {native.why_unavailable()}"
+        if candidate == "cpu" and not on_cpu:  # it would take the device's addresses for its own
+            return f"it takes tensors on the CPU, got {', '.join(sorted({str(t.device) for t in tensors}))}"
         if candidate == "triton" and not gpu.serves(*tensors):
             found = ", ".join(sorted({str(t.device) for t in tensors}))
             return gpu.why_unavailable() or f"it takes tensors on one GPU, got {found}"
@@ -106,8 +111,7 @@ def _choose(
 
     if not backend:
         first = "triton" if tensors and all(t.is_cuda for t in tensors) else "cpu"
-        on_cpu = all(t.device.type == "cpu" for t in tensors)
-        serves = first in implementations and (first == "triton" or on_cpu) and refusal(first) is None
+        serves = first in implementations and refusal(first) is None
         return first if serves else "reference"
     if backend not in implementations:
         raise InputError(f"{name} has no {backend!r} backend; it has {', '.join(map(repr, implementations))}")
@@ -168,6 +172,8 @@ def check_tensor(name: str, value: Any, least_dims: int = 0) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32 or float64, got {str(value.dtype).removeprefix('torch.')}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if value.is_nested else value.layout} one")
     if value.dim() < least_dims:
         raise InputError(f"{name} must have at least {least_dims} dimensions, got shape {tuple(value.shape)}")
 
@@ -186,12 +192,28 @@ def check_index(name: str, value: int, limit: int) -> None:
         raise InputError(f"{name} must lie in 0 .. {limit - 1}, got {value}")
 
 
+def check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise InputError(f"{name} must be at least {least}, got {value}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    try:
+        good = math.isfinite(value) and value > 0
+    except (TypeError, ValueError, RuntimeError):  # torch has its own for a tensor of several numbers
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not good:
+        raise InputError(f"{name} must be positive and finite, got {value}")
+
+
 def values_known(value: Tensor) -> bool:
     """Whether a check may look at the values: not while a compiler traces or a CUDA graph is captured, nor inside a torch.func
-    transform."""
+    transform, nor of a meta tensor, which has none."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_get_level(value) >= 0:
         return False
-    return not capturing(value.device)
+    return not value.is_meta and not capturing(value.device)
 
 
 def capturing(device: torch.device) -> bool:

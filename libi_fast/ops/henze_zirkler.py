@@ -136,8 +136,10 @@ def _setting(
     n = rows if reduce is None else int(reduce(torch.tensor(rows, device=z.device)))
     if n < 2 or d < 1:
         raise InputError(f"z must hold at least 2 points of at least 1 dimension, got shape {tuple(z.shape)}")
-    if beta is not None and not (math.isfinite(beta) and beta > 0):
-        raise InputError(f"beta must be positive and finite, got {beta}")
+    if beta is not None:
+        lib.check_positive("beta", beta)
+        if not 1e-30 <= beta <= 1e30:  # so that its powers are numbers
+            raise InputError(f"beta must lie in 1e-30 .. 1e30, got {beta}")
     value = reference.default_beta(n, 1 if method == "sliced" else d) if beta is None else float(beta)
     if method == "exact":
         return _Setting(method, value, None, n)

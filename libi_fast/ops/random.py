@@ -81,6 +81,8 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim():
             raise InputError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+        if seed.is_meta and device is not None and torch.device(device).type != "meta":
+            raise InputError("seed is a meta tensor, which holds no number")
         return seed if device is None else seed.to(device)
     lib.check_index("seed", seed, 2**64)
     # Filled on the device: a copy from the host would wait for it, and cannot be captured in a graph.
@@ -109,11 +111,13 @@ def _draw(
     for name, value in {"rows": rows, "draws": draws, "first_row": first_row, "first_draw": first_draw}.items():
         lib.check_index(name, value, 4 * INDEX_LIMIT)
     lib.check_index("repetition", repetition, INDEX_LIMIT)
-    lib.check_index("stream", int(stream), 256)
+    lib.check_index("stream", stream, 256)
     if first_row + rows > INDEX_LIMIT or first_draw + draws > 4 * INDEX_LIMIT:
         raise InputError("a row index past 2^32 or a draw past 2^34 does not fit the counter")
     key = as_seed(seed, device)
     ids = as_replicas(replicas, key.device)
+    if ids.shape[0] * rows * draws >= 2**60:  # 2^63 bytes in float64
+        raise InputError(f"replicas x rows x draws, {ids.shape[0]} x {rows} x {draws}, are more numbers than can be addressed")
     result = _philox(
         key, ids, first_row, rows, first_draw, draws, repetition, int(stream), kind, dtype, lib.current_backend(backend)
     )

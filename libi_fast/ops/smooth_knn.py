@@ -137,6 +137,8 @@ def _check_k(k: int, most: int) -> None:
 
 
 def _check_alphas(alphas: float | Sequence[float]) -> list[float]:
+    if isinstance(alphas, str | bytes):  # a sequence, whose letters may be digits
+        raise TypeError(f"alphas must be a number or a sequence of numbers, got {alphas!r}")
     try:
         chosen = [float(alphas)] if isinstance(alphas, int | float) else [float(alpha) for alpha in alphas]
     except (TypeError, ValueError):

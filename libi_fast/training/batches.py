@@ -154,12 +154,17 @@ def as_rows(data: Any, like: Tensor, name: str) -> Tensor:
     if isinstance(data, np.ndarray):
         if data.dtype.kind not in "fiub":
             raise TypeError(f"{name} must hold numbers, got an array of {data.dtype}")
-        data = torch.from_numpy(np.ascontiguousarray(data) if data.flags.writeable else data.copy())
+        kind = data.dtype.newbyteorder("=") if data.dtype.itemsize <= 8 else np.float64  # torch knows no other
+        data = torch.from_numpy(data.astype(kind, order="C", copy=not data.flags.writeable))
     if hasattr(data, "train") and hasattr(data, "validation"):
         raise TypeError(f"{name} is a whole data set: pass its .train and .validation")
     if not isinstance(data, Tensor):
         raise TypeError(f"{name} must be a tensor, an array, a Dataset or a DataLoader, got {type(data).__name__}")
-    if data.dim() < 1 or data.shape[0] == 0:
+    if data.is_meta or data.layout != torch.strided or data.is_complex():
+        raise TypeError(f"{name} must be a dense tensor of real numbers, got {data.layout}, {data.dtype} on {data.device}")
+    if data.dim() < 1:
+        raise InputError(f"{name} must have shape [rows, columns], got one number")
+    if data.shape[0] == 0:
         raise InputError(f"{name} is empty: shape {tuple(data.shape)}")
     if data.dim() == 1:
         raise InputError(f"{name} must have shape [rows, columns], got {tuple(data.shape)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from libi_fast.errors import InputError
 from libi_fast.models.laplace import NODES
+from libi_fast.ops import _library as lib
 from libi_fast.ops.henze_zirkler import METHODS, henze_zirkler_statistic
 from libi_fast.training import distributed
 from libi_fast.training.batches import Batches
@@ -75,17 +75,14 @@ class LiBI(Method):
             "covariance_tolerance": covariance_tolerance,
             "mean_tolerance": mean_tolerance,
         }.items():
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{label} must be positive and finite, got {value}")
-        if initial_std is not None and not (math.isfinite(initial_std) and initial_std > 0):
-            raise InputError(f"initial_std must be positive and finite, got {initial_std}")
-        if hz_beta is not None and not (math.isfinite(hz_beta) and hz_beta > 0):
-            raise InputError(f"hz_beta must be positive and finite, got {hz_beta}")
+            lib.check_positive(label, value)
+        for label, optional in {"initial_std": initial_std, "hz_beta": hz_beta}.items():
+            if optional is not None:
+                lib.check_positive(label, optional)
         for label, value, least in (
             ("repeats", repeats, 1), ("warm_up", warm_up, 0), ("candidates", candidates, 1), ("num_samples", num_samples, 1),
         ):  # fmt: skip
-            if value < least:
-                raise InputError(f"{label} must be at least {least}, got {value}")
+            lib.check_count(label, value, least)
         for label, choice, known in (("step1", step1, STEP1), ("step2", step2, STEP2), ("hz_method", hz_method, METHODS)):
             if choice not in known:
                 raise InputError(f"{label} must be one of {', '.join(map(repr, known))}, got {choice!r}")

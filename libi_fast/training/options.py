@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
+from libi_fast.ops._library import check_positive
 from libi_fast.training import distributed
 
 
@@ -48,8 +49,7 @@ class FitOptions:
                 raise InputError(f"{label} must be at least 1, got {value}")
         if self.survivors is not None and self.survivors > self.restarts:
             raise InputError(f"survivors must be at most restarts ({self.restarts}), got {self.survivors}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        check_positive("learning_rate", self.learning_rate)
         if self.tolerance is not None and not self.tolerance >= 0:
             raise InputError(f"tolerance must not be negative, got {self.tolerance}")
         if self.warm_start and self.restarts != 1:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from libi_fast.errors import InputError
+from libi_fast.ops import _library as lib
 from libi_fast.ops import importance as op
 from libi_fast.training.distributed import Rows
 from libi_fast.training.method import Method
@@ -16,10 +16,8 @@ from libi_fast.training.schedule import Schedule
 
 
 def _check_elbo(beta: float, num_samples: int) -> None:
-    if not (math.isfinite(beta) and beta > 0):
-        raise InputError(f"beta must be positive and finite, got {beta}")
-    if num_samples < 1:
-        raise InputError(f"num_samples must be at least 1, got {num_samples}")
+    lib.check_positive("beta", beta)
+    lib.check_count("num_samples", num_samples, 1)
 
 
 def _elbo(run: Run, method: Method, rise: Callable[[], float] = lambda: 1.0) -> tuple[Loss, Callable[[], Terms]]:

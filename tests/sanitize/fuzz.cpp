@@ -373,7 +373,7 @@ void importance(Case& c) {
     auto **const to_weights = c.array<void*>(call.layers), **const to_biases = c.array<void*>(call.layers);
     for (int64_t i = 0; i < call.layers; ++i) {
         to_weights[i] = result(call.replicas * widths[i] * widths[i + 1]);
-        to_biases[i] = biases[i] == nullptr ? nullptr : result(call.replicas * widths[i + 1]);
+        to_biases[i] = result(call.replicas * widths[i + 1]);
     }
     call.kind = c.up_to(2), call.grad = c.values<T>(batch);
     call.to_x = c.one_in(2) ? nullptr : result(batch * outputs);
