@@ -464,8 +464,8 @@ int run_replica(const T* z, const T* vectors, int64_t count, int method, int64_t
 template <class T>
 int forward(const T* z, const T* vectors, int64_t count, int method, int64_t replicas, int64_t n, int64_t d, double beta,
             int gradient, int num_threads, T* value, T* slope) {
-    if (replicas < 0 || n < 1 || d < 1 || (method != kQuadrature && count < 1) || (method == kQuadrature && d > 3))
-        return kBadSize;
+    if (replicas < 0 || n < 1 || d < 1 || count < 0 || method < kQuadrature || method > kSliced) return kBadSize;
+    if (method == kQuadrature ? d > 3 : count < 1) return kBadSize;
     constexpr int64_t most = int64_t{1} << 31;
     if (n > most || d > most || count > most || !fits(8, replicas, n, d + 1) || !fits(8, 16, n + 128, d + 1)) return kBadSize;
     if (!fits(8, 64, d, d) || !fits(8, 16, count + 128, d + 1)) return kBadSize;

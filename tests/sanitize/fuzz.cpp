@@ -285,19 +285,45 @@ void log_mean_exp_backward(Case& c) {
     c.run([&](int threads) { return backward(grad, x, out, rows, samples, threads, to_x); });
 }
 
+double beta_of(Case& c) {
+    return c.one_in(8) ? c.one_of({0.0, -1.0, 1e300, 1e-300, kNaN, kInfinity}) : 1.0;
+}
+
 template <class T>
-void henze_zirkler_pairs(Case& c) {
+void henze_zirkler(Case& c) {
     int64_t replicas = c.size(5), n = c.size(c.one_in(8) ? 1100 : 140), d = c.size(c.one_in(4) ? 70 : 5);
     if (n > 200) replicas = c.up_to(1), d = c.size(3);
-    const double beta = c.one_in(8) ? c.one_of({0.0, -1.0, 1e300, 1e-300, kNaN, kInfinity}) : 1.0;
+    const double beta = beta_of(c);
     const int gradient = c.one_in(2) ? 1 : 0;
-    const T* const y = c.values<T>(replicas * n * d);
-    double* const pairs = c.result<double>(replicas);
-    T* const sums = gradient != 0 ? c.result<T>(replicas * n * (d + 1)) : nullptr;
+    const T* const z = c.values<T>(replicas * n * d);
+    T* const value = c.result<T>(replicas);
+    T* const slope = gradient != 0 ? c.result<T>(replicas * n * d) : nullptr;
     if (n < 1 || d < 1) c.must_fail();
     c.spoil({&replicas, &n, &d});
-    const auto kernel = of_type<T>(c.kernels.henze_zirkler_pairs_f32, c.kernels.henze_zirkler_pairs_f64);
-    c.run([&](int threads) { return kernel(y, replicas, n, d, beta, gradient, threads, pairs, sums); });
+    const auto kernel = of_type<T>(c.kernels.henze_zirkler_f32, c.kernels.henze_zirkler_f64);
+    c.run([&](int threads) { return kernel(z, replicas, n, d, beta, gradient, threads, value, slope); });
+}
+
+// By quadrature, random frequencies and slices; the quadrature takes no vectors.
+template <class T>
+void henze_zirkler_characteristic(Case& c) {
+    constexpr int kMethods = 3, kQuadrature = 0;
+    const int method = c.one_in(16) ? kMethods : static_cast<int>(c.up_to(kMethods - 1));
+    int64_t replicas = c.size(4), n = c.size(c.one_in(8) ? 1100 : 140), count = c.size(c.one_in(4) ? 300 : 20);
+    int64_t d = c.size(method == kQuadrature ? 2 : c.one_in(4) ? 40 : 5);
+    if (n > 200) replicas = c.up_to(1), d = c.size(2);
+    const double beta = beta_of(c);
+    const int gradient = c.one_in(2) ? 1 : 0;
+    const T *const z = c.values<T>(replicas * n * d), *const vectors = c.values<T>(count * d);
+    T* const value = c.result<T>(replicas);
+    T* const slope = gradient != 0 ? c.result<T>(replicas * n * d) : nullptr;
+    if (n < 1 || d < 1 || method == kMethods || (method == kQuadrature ? d > 3 : count < 1)) c.must_fail();
+    c.spoil({&replicas, &n, &d, &count});
+    const auto kernel =
+        of_type<T>(c.kernels.henze_zirkler_characteristic_f32, c.kernels.henze_zirkler_characteristic_f64);
+    c.run([&](int threads) {
+        return kernel(z, vectors, count, method, replicas, n, d, beta, gradient, threads, value, slope);
+    });
 }
 
 template <class T>
@@ -393,7 +419,8 @@ struct Entry {
 #define LIBI_BOTH(name) {#name " f32", name<float>}, {#name " f64", name<double>}
 const Entry kCases[] = {
     {"philox_words", philox_words}, LIBI_BOTH(philox_uniform),      LIBI_BOTH(philox_normal), LIBI_BOTH(log_mean_exp),
-    LIBI_BOTH(log_mean_exp_backward), LIBI_BOTH(henze_zirkler_pairs), LIBI_BOTH(smooth_knn),    LIBI_BOTH(importance),
+    LIBI_BOTH(log_mean_exp_backward), LIBI_BOTH(henze_zirkler), LIBI_BOTH(henze_zirkler_characteristic),
+    LIBI_BOTH(smooth_knn), LIBI_BOTH(importance),
 };
 
 int64_t option(int count, char** arguments, const char* name, int64_t otherwise) {
