@@ -65,13 +65,16 @@ struct Extent {
     }
 };
 
+constexpr double kMostNodes = 1 << 30;  // more, as of a beta without end, are refused
+
 template <class T>
 Axis make_axis(double between, double away, int64_t n, double beta) {
     const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-10;
     const double margin = std::sqrt(2 * std::log(static_cast<double>(n) / tolerance));
     const double bandwidth = std::fmax(std::fmax(beta * between + margin, beta * away + margin * std::sqrt(1 + beta * beta)),
                                        margin * std::sqrt(1 + 2 * beta * beta));
-    const int64_t count = up(static_cast<int64_t>(std::ceil(margin * bandwidth / kTurn)), 8);
+    const double nodes = std::ceil(margin * bandwidth / kTurn);
+    const int64_t count = nodes < kMostNodes ? up(static_cast<int64_t>(nodes), 8) : static_cast<int64_t>(kMostNodes);
     return {count, beta, margin / static_cast<double>(count)};
 }
 
@@ -177,6 +180,7 @@ int by_lines(const Problem<T>& p, const T* directions, int64_t count, double* va
     }
     const Axis axis = make_axis<T>(between, away, p.n, p.beta);
     const int64_t step = up(axis.count, Wave<T>::lanes);
+    if (axis.count >= static_cast<int64_t>(kMostNodes) || !fits(8, count + 1, 2 * step + 128)) return kOutOfMemory;
     const Numbers<T> numbers(step + count * 2 * step + helpers * (Wave<T>::lanes + kBlock));
     const Numbers<double> sums(count * 2 * step + count + helpers * kBlock);
     if (!numbers.first || !sums.first) return kOutOfMemory;

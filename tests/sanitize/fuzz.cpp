@@ -307,14 +307,18 @@ void henze_zirkler(Case& c) {
 // By quadrature, random frequencies and slices; the quadrature takes no vectors.
 template <class T>
 void henze_zirkler_characteristic(Case& c) {
-    constexpr int kMethods = 3, kQuadrature = 0;
+    constexpr int kMethods = 3, kQuadrature = 0, kSliced = 2;
     const int method = c.one_in(16) ? kMethods : static_cast<int>(c.up_to(kMethods - 1));
     int64_t replicas = c.size(4), n = c.size(c.one_in(8) ? 1100 : 140), count = c.size(c.one_in(4) ? 300 : 20);
     int64_t d = c.size(method == kQuadrature ? 2 : c.one_in(4) ? 40 : 5);
     if (n > 200) replicas = c.up_to(1), d = c.size(2);
-    const double beta = beta_of(c);
+    // Slices want as many nodes as beta is large; the quadrature turns to the exact form.
+    const double beta = method == kQuadrature ? beta_of(c) : c.one_in(8) ? c.one_of({0.0, -1.0, 1e-300, 20.0}) : 1.0;
     const int gradient = c.one_in(2) ? 1 : 0;
-    const T *const z = c.values<T>(replicas * n * d), *const vectors = c.values<T>(count * d);
+    const T* const z = c.values<T>(replicas * n * d);
+    T* const vectors = c.values<T>(count * d);
+    // Long directions, too, want many nodes.
+    for (int64_t i = 0; i < count * d && method == kSliced; ++i) vectors[i] = static_cast<T>(c.up_to(2000) - 1000) / 1000;
     T* const value = c.result<T>(replicas);
     T* const slope = gradient != 0 ? c.result<T>(replicas * n * d) : nullptr;
     if (n < 1 || d < 1 || method == kMethods || (method == kQuadrature ? d > 3 : count < 1)) c.must_fail();
