@@ -300,13 +300,19 @@ def joined(form: Form, parts: int) -> Form:
 
 
 def error(found: tuple[Tensor, ...], truth: tuple[Tensor, ...], p: Problem, precision: str) -> dict[str, Any]:
-    """Largest errors of the value and of the gradients, each in units of the largest entry, and whether they are allowed."""
-    errors = []
+    """Errors of the value and of the gradients, each in units of the largest entry: the largest one (of a gradient: of all
+    gradients), its root mean square, and whether the largest are allowed."""
+    largest, mean = [], []
     for a, b in zip(found, truth, strict=True):
-        scale = b.abs().max().clamp_min(1.0 if not errors else 1e-30)
-        errors.append(float((a.double().cpu() - b.cpu()).abs().max() / scale.cpu()))
-    allowed = errors[0] <= TOLERANCE[precision] and all(e <= GRADIENT_TOLERANCE[precision] for e in errors[1:])
-    return {"value": errors[0], "gradients": max(errors[1:], default=None), "allowed": allowed}
+        scale = b.abs().max().clamp_min(1.0 if not largest else 1e-30).cpu()
+        off = (a.double().cpu() - b.cpu()) / scale
+        largest.append(float(off.abs().max()))
+        mean.append(float(off.square().mean().sqrt()))
+    allowed = largest[0] <= TOLERANCE[precision] and all(e <= GRADIENT_TOLERANCE[precision] for e in largest[1:])
+    return {
+        "value": largest[0], "gradients": max(largest[1:], default=None),
+        "mean value": mean[0], "mean gradients": max(mean[1:], default=None), "allowed": allowed,
+    }  # fmt: skip
 
 
 def agree(found: Tensor, expected: Tensor, precision: str) -> dict[str, Any]:

@@ -71,11 +71,11 @@ def test_ours_is_refused_when_wrong_and_nothing_is_timed():
 def test_ours_may_not_be_twice_as_far_as_torch():
     case = tiny("W4b")
     torchs = case.torch_error()
-    for key in ("value", "gradients"):
+    for key in ("mean value", "mean gradients"):
         far = {**torchs, key: 3 * max(torchs[key], cases.ULP)}
         assert not cpu.judged(case._replace(right=lambda far=far: far))["allowed"]
     judged = cpu.judged(case._replace(right=lambda: torchs))
-    assert judged["allowed"] and judged["of torch in float32"]["value"] == torchs["value"]
+    assert judged["allowed"] and judged["of torch in float32"]["mean value"] == torchs["mean value"]
 
 
 @pytest.mark.parametrize("name", ["W1", "W2", "W6"])
@@ -188,7 +188,7 @@ def test_aliases_and_what_is_written(tmp_path, capsys):
     assert {"date", "processor", "threads", "torch", "jax"} <= set(content["machine"])
     measured = content["results"]["W3"]
     assert measured["peer"].startswith("torch eager") and measured["forms"][measured["peer"]]["median ms"] > 0
-    assert measured["bound"]["seconds"] > 0 and measured["ours"]["error"]["of torch in float32"]["value"] > 0
+    assert measured["bound"]["seconds"] > 0 and measured["ours"]["error"]["of torch in float32"]["mean value"] > 0
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "ours is faster by" in printed and "fastest peer" in printed and printed.count("-> ") == 4
