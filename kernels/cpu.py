@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import sys
 import warnings
@@ -257,6 +258,7 @@ def smooth_knn(z: Tensor, n1: int, k: int, alphas: Sequence[float]) -> Tensor:
     return out
 
 
+# In the order of kernels/importance/cpu_layers.hpp and cpu_backward.cpp.
 _ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "softplus", "silu", "gelu", "cube", "leaky_relu", "elu")
 _GRADIENTS = ("reparameterized", "sticking-the-landing", "doubly-reparameterized")
 
@@ -266,9 +268,25 @@ class _ImportanceCall:
 
     def __init__(self, x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any, draws: Any, num_samples: int, tail: int):
         self.dtype = mean.dtype
-        replicas, rows, _ = mean.shape
+        replicas, rows, latents = mean.shape
         layers = len(decoder.weights)
         self._kept: list[Any] = []
+        # Kernels read as far as these shapes say. Where replicas share a tensor its first size is 1.
+        per_row = (replicas, rows)
+        self._expect("x", x, (replicas, rows, decoder.widths[-1]), True)
+        self._expect("mean", mean, (*per_row, latents))
+        self._expect("log_scale", log_scale, (*per_row, latents))
+        for i, (weight, bias, out, into) in enumerate(
+            zip(decoder.weights, decoder.biases, decoder.widths[1:], [latents, *decoder.widths[1:]], strict=False)
+        ):
+            self._expect(f"weight {i}", weight, (replicas, out, into), True)
+            if bias is not None:
+                self._expect(f"bias {i}", bias, (replicas, out), True)
+        if decoder.likelihood == "gaussian":
+            each = decoder.variance.shape[-1]
+            self._expect("variance", decoder.variance, (replicas, each if each == 1 else decoder.widths[-1]), True)
+        if draws.replicas.shape != (replicas,):
+            raise ValueError(f"replicas has shape {tuple(draws.replicas.shape)}, expected {(replicas,)}")
         variance = decoder.variance.contiguous()
         self._struct = _Importance(
             replicas, rows, num_samples, layers,
@@ -284,6 +302,12 @@ class _ImportanceCall:
             seed=int(draws.seed) & _MASK, replica_ids=self._tensor(draws.replicas.to("cpu", torch.int64)),
             first_row=draws.first_row, repetition=draws.repetition, stream=draws.stream, threads=torch.get_num_threads(),
         )  # fmt: skip
+
+    def _expect(self, name: str, tensor: Tensor, shape: tuple[int, ...], shared: bool = False) -> None:
+        fits = tensor.shape == shape or (shared and tensor.shape == (1, *shape[1:]))
+        if not fits or tensor.dtype != self.dtype or tensor.device.type != "cpu":
+            found = f"{tuple(tensor.shape)}, {tensor.dtype}, {tensor.device.type}"
+            raise ValueError(f"importance: {name} is {found}; expected {shape}, {self.dtype}, cpu")
 
     def _tensor(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -310,7 +334,7 @@ class _ImportanceCall:
 
 def _stride(tensor: Tensor) -> int:
     """From one replica to the next, in a contiguous copy; 0 where all share it."""
-    return 0 if tensor.shape[0] == 1 else tensor[0].numel()
+    return 0 if tensor.shape[0] == 1 else math.prod(tensor.shape[1:])
 
 
 def importance(
@@ -329,21 +353,24 @@ def importance_backward(
     grad: Tensor, log_likelihood: Tensor, x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any, draws: Any,
     num_samples: int, kind: str, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
-    """As ``kernels.importance.reference.backward``; ``wanted``: x and the variance (zeros where they are not)."""
+    """As ``kernels.importance.reference.backward``; ``wanted``: x, the variance, parameters (zeros where they are not)."""
     replicas, rows, _ = mean.shape
     make = mean.new_empty if rows else mean.new_zeros
-    want_x, want_variance = wanted[0], wanted[1] and decoder.likelihood == "gaussian"
+    want_x, want_variance, want_parameters = wanted[0], wanted[1] and decoder.likelihood == "gaussian", wanted[2]
     to_x = make((replicas, rows, x.shape[-1])) if want_x else mean.new_zeros(x.shape)
     to_mean, to_log_scale = mean.new_empty(mean.shape), mean.new_empty(mean.shape)
-    to_weights = [make((replicas, *w.shape[1:])) for w in decoder.weights]
-    to_biases = [make((replicas, w.shape[1])) for w in decoder.weights]
+    make_parameters = make if want_parameters else mean.new_zeros
+    to_weights = [make_parameters((replicas, *w.shape[1:])) for w in decoder.weights]
+    to_biases = [make_parameters((replicas, w.shape[1])) for w in decoder.weights]
     shape = (replicas, *decoder.variance.shape[1:])
     to_variance = make(shape) if want_variance else mean.new_zeros(shape)
     call = _ImportanceCall(x, mean, log_scale, decoder, draws, num_samples, 0)
+    call._expect("grad", grad, (replicas, rows))
+    call._expect("log_likelihood", log_likelihood, (replicas, rows))
     call._struct.kind = _GRADIENTS.index(kind)
     call.run(
         "importance_backward", grad=grad, log_likelihood=log_likelihood, to_x=to_x if want_x else None,
-        to_variance=to_variance if want_variance else None, to_mean=to_mean, to_log_scale=to_log_scale, to_weights=to_weights,
-        to_biases=to_biases,
+        to_variance=to_variance if want_variance else None, to_mean=to_mean, to_log_scale=to_log_scale,
+        to_weights=to_weights if want_parameters else None, to_biases=to_biases,
     )  # fmt: skip
     return to_x, to_mean, to_log_scale, to_weights, to_biases, to_variance

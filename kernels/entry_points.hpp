@@ -42,8 +42,8 @@ struct Importance {
     const void* grad;                        // [replicas, rows]
     void *to_x, *to_variance;                // [replicas, rows, outputs], [replicas, variances]; null: not wanted
     void *to_mean, *to_log_scale;
-    void* const* to_weights;                 // [layers] of [replicas, out, in]
-    void* const* to_biases;                  // [layers] of [replicas, out]
+    void* const* to_weights;                 // [layers] of [replicas, out, in]; null: no parameter wants a gradient
+    void* const* to_biases;                  // [layers] of [replicas, out], also where a layer has no bias
 };
 
 }  // namespace libi

@@ -26,7 +26,7 @@ class Problem(NamedTuple):
     kind: str = "reparameterized"
     tail: int = 0
     precision: str = "ieee"
-    wanted: tuple[bool, bool] = (True, True)
+    wanted: tuple[bool, bool, bool] = (True, True, True)  # x, variance, parameters
     first_row: int = 7
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Problem:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +129,66 @@ def test_variance(diagonal: bool) -> None:
     check(problem([2, 4, 5], rows=9, diagonal=diagonal, num_samples=100))
 
 
-@pytest.mark.parametrize("wanted", [(False, True), (True, False), (False, False)])
-def test_only_what_is_wanted(wanted: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize("wanted", itertools.product([True, False], repeat=3))
+def test_only_what_is_wanted(wanted: tuple[bool, bool, bool]) -> None:
     p = problem([2, 4, 3], rows=3)
     found, truth = native(p._replace(wanted=wanted), F64), exact(p)
-    for name, asked in zip(("to_x", "to_variance"), wanted, strict=True):
-        assert torch.allclose(found[name], truth[name] if asked else torch.zeros_like(truth[name]))
-    assert torch.allclose(found["to_weight_0"], truth["to_weight_0"])
+    asked = dict(zip(("to_x", "to_variance", "to_weight", "to_bias"), (*wanted, wanted[2]), strict=True))
+    for name, value in truth.items():
+        there = next((a for start, a in asked.items() if name.startswith(start)), True)
+        assert torch.allclose(found[name], value if there else torch.zeros_like(value)), name
+
+
+def test_no_replicas() -> None:
+    p = problem([2, 6, 3], replicas=2, tail=2)
+    none = p._replace(**{n: getattr(p, n)[:0] for n in ("x", "mean", "log_scale", "grad", "replicas")})
+    found = native(none, F32)
+    assert found["log_likelihood"].shape == (0, 3) and found["to_weight_0"].shape == (0, 6, 2)
+
+
+def test_a_frozen_decoder_asks_for_no_gradient_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    genuine = cpu.importance_backward
+    monkeypatch.setattr(cpu, "importance_backward", lambda *a: asked.append(a[-1]) or genuine(*a))
+    model = lf.LatentVariableModel(lf.mlp(2, [5], 3), lf.Gaussian(0.1), 2).requires_grad_(False)
+    mean = torch.zeros(4, 2, requires_grad=True)
+    lf.log_likelihood(model, torch.randn(4, 3), (mean, mean.detach()), 8, seed=0).log_likelihood.sum().backward()
+    assert asked == [[False, False, False]] and bool((mean.grad != 0).any())
+
+
+def test_memory_does_not_grow_with_the_samples_of_one_row() -> None:
+    program = (
+        "import resource, torch, libi_fast as lf\n"
+        "model = lf.LatentVariableModel(lf.mlp(2, [3], 2), lf.Gaussian(0.1), 2)\n"
+        "x, q = torch.zeros(1, 2), (torch.zeros(1, 2), torch.zeros(1, 2))\n"
+        "def peak(samples):\n"
+        "    with torch.no_grad():\n"
+        "        lf.log_likelihood(model, x, q, samples, seed=0, backend='cpu')\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(100_000)\n"
+        "print(peak(4_000_000) - before)\n"
+    )
+    grown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300).stdout
+    assert int(grown) < 20_000  # KiB; the log-weights alone would be 16 MB, all their largest of each segment 94
+
+
+@pytest.mark.parametrize("field", ["x", "mean", "log_scale", "grad", "replicas", "weight", "bias", "variance", "dtype"])
+def test_tensors_that_do_not_fit_are_refused(field: str) -> None:
+    """The last defence before addresses are all that is left."""
+    p = problem([2, 6, 3], rows=4, replicas=2, own=2)
+    d = p.decoder
+    wrong = {
+        "weight": {"decoder": d._replace(weights=[d.weights[0], d.weights[1][..., :4]])},
+        "bias": {"decoder": d._replace(biases=[d.biases[0][:, :2], d.biases[1]])},
+        "variance": {"decoder": d._replace(variance=d.variance[:, :2])},
+        "dtype": {"decoder": d._replace(weights=[d.weights[0].double(), d.weights[1]])},
+    }.get(field)
+    if wrong is None:
+        wrong = {field: getattr(p, field)[:1] if field != "x" else p.x[:, :3]}
+    q = p._replace(**wrong)
+    arguments = (q.x, q.mean, q.log_scale, q.decoder, q.draws(), q.num_samples)
+    with pytest.raises(ValueError, match="weight" if field == "dtype" else field if field != "mean" else "x|log_scale"):
+        cpu.importance_backward(q.grad, torch.zeros(2, 4), *arguments, q.kind, list(q.wanted))
 
 
 def test_strided_arguments() -> None:
@@ -312,7 +368,7 @@ def call(p: Problem, **fields: Any) -> None:
         ({"samples": 0}, "size"), ({"replicas": -1}, "size"), ({"rows": -1}, "size"), ({"layers": 0}, "size"),
         ({"tail": -1}, "size"), ({"variances": 2}, "size"),
         ({"first_row": 2**32 - 2}, "counter"), ({"first_row": -1}, "counter"),
-        ({"repetition": 2**32}, "counter"), ({"stream": 256}, "counter"), ({"samples": 2**62}, "counter"),
+        ({"repetition": 2**32}, "counter"), ({"stream": 256}, "counter"), ({"samples": 2**34}, "counter"),
     ],
 )  # fmt: skip
 def test_bad_calls(fields: dict[str, int], message: str) -> None:

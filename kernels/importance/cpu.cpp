@@ -3,10 +3,11 @@
 // A row's log-weights are met tile after tile: pivot m, sum w e^-m and sum w^2 e^-2m (in double), and the largest so far.
 // Sums of 1024 samples are merged in order, whether one thread took them all or, where rows are few, each another.
 //
-// What it costs on 16 lanes, W2 (2-50-2): 200 multiply-adds, 50 tanh of about 14 operations and half a division, 2 random
-// words and a normal each; W3 (50-200-200-784): 206,800 multiply-adds, of whose 28 a block needs 16 loads.
+// What a register of samples costs: W2 (2-50-2) 252 multiply-adds, 50 tanh of 12 operations and a division, and 2 normals;
+// W3 (50-200-200-784) 207,984 multiply-adds, a block's 28 at the price of 16 loads.
 #include <algorithm>
 #include <atomic>
+#include <functional>
 
 #include "cpu_tile.hpp"
 
@@ -39,8 +40,8 @@ struct Sums {
 // The largest `wanted` numbers of those pushed: up to twice as many are kept, then cut.
 template <class T>
 struct Largest {
-    T* kept;
-    int64_t wanted, size = 0;
+    T* kept = nullptr;
+    int64_t wanted = 0, size = 0;
     T threshold = -std::numeric_limits<T>::infinity();
     bool nan = false;
 
@@ -162,55 +163,63 @@ void run_row(const Plan<T>& plan, int64_t r, int64_t row, Space<T>& space, T* ke
     write_row(plan, r * plan.call.rows + row, sums, largest);
 }
 
-constexpr int64_t kFewRows = 4;  // per thread: fewer are cut into segments
+constexpr int64_t kFewRows = 4;      // a thread: fewer are cut into segments
+constexpr int64_t kTasksAtOnce = 64;  // a thread: segments whose sums are kept until they are merged
+
+// Rows one after another would leave threads idle: segments of all rows are shared out, a wave of them after another.
+template <class T>
+int forward_cut(const Plan<T>& plan, Space<T>* spaces, int64_t threads, int64_t groups, int64_t segments) {
+    const int64_t tail = plan.call.tail, of_segment = smaller(tail, kSegment), tasks = groups * segments;
+    const int64_t wave = smaller(tasks, kTasksAtOnce * threads), room = Largest<T>::capacity(tail);
+    const std::unique_ptr<Sums<T>[]> sums(new (std::nothrow) Sums<T>[static_cast<size_t>(wave + groups)]);
+    const std::unique_ptr<T[]> tops(new (std::nothrow) T[static_cast<size_t>(wave * of_segment)]);
+    const std::unique_ptr<T[]> kept(new (std::nothrow) T[static_cast<size_t>(groups * room)]);
+    const std::unique_ptr<Largest<T>[]> largest(new (std::nothrow) Largest<T>[static_cast<size_t>(groups)]);
+    if (!sums || !tops || !kept || !largest) return kOutOfMemory;
+    for (int64_t row = 0; row < groups; ++row) largest[row].kept = kept.get() + row * room, largest[row].wanted = tail;
+    for (int64_t first = 0; first < tasks; first += wave) {
+        const int64_t count = smaller(wave, tasks - first);
+        std::atomic<int64_t> next{0};
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
+        for (int64_t slot = 0; slot < threads; ++slot)
+            for (int64_t i = next++; i < count; i = next++) {
+                const int64_t row = (first + i) / segments;
+                place_rows(plan, row / plan.groups, row % plan.groups, spaces[slot]);
+                Largest<T> own{spaces[slot].more(), of_segment};
+                sums[i] = run_segment(plan, row / plan.groups, (first + i) % segments, spaces[slot], own);
+                if (tail > 0) own.write(tops.get() + i * of_segment);
+            }
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = (first + i) / segments;
+            sums[wave + row].merge(sums[i]);
+            for (int64_t t = 0; t < of_segment; t += kTileSamples)
+                largest[row].push(tops.get() + i * of_segment + t, smaller(kTileSamples, of_segment - t));
+        }
+    }
+    for (int64_t row = 0; row < groups; ++row) write_row(plan, row, sums[wave + row], largest[row]);
+    return kOk;
+}
 
 template <class T>
 int forward(const Importance& call) {
     Plan<T> plan(call);
     if (const int error = plan.make(false)) return error;
-    const int64_t groups = call.replicas * plan.groups, tail = call.tail;
+    const int64_t groups = call.replicas * plan.groups, segments = pieces(call.samples, kSegment);
     if (groups == 0) return kOk;
-    const int64_t segments = pieces(call.samples, kSegment);
     const bool cut = segments > 1 && groups < kFewRows * plan.threads;
-    const int64_t tasks = cut ? groups * segments : groups;
-    const int64_t threads = smaller(plan.threads, tasks);
-    if (!fits(sizeof(T), tasks, tail)) return kOutOfMemory;
-    const int64_t room = Largest<T>::capacity(tail);
+    const int64_t threads = smaller(plan.threads, cut ? groups * segments : groups);
     const std::unique_ptr<Space<T>[]> spaces(new (std::nothrow) Space<T>[static_cast<size_t>(threads)]);
-    const std::unique_ptr<Sums<T>[]> sums(new (std::nothrow) Sums<T>[static_cast<size_t>(cut ? tasks : 0)]);
-    const std::unique_ptr<T[]> tops(new (std::nothrow) T[static_cast<size_t>(cut ? tasks * tail : 0)]);
-    if (!spaces || !sums || !tops) return kOutOfMemory;
+    if (!spaces) return kOutOfMemory;
     for (int64_t t = 0; t < threads; ++t)
-        if (!spaces[t].make(plan, false, room)) return kOutOfMemory;
+        if (!spaces[t].make(plan, false, Largest<T>::capacity(call.tail))) return kOutOfMemory;
+    if (cut) return forward_cut(plan, spaces.get(), threads, groups, segments);
 
     std::atomic<int64_t> next{0};
+    const auto run = plan.rows_together > 1 ? run_together<T> : run_row<T>;
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
-    for (int64_t slot = 0; slot < threads; ++slot) {
-        Space<T>& space = spaces[slot];
-        for (int64_t task = next++; task < tasks; task = next++) {
-            if (cut) {
-                const int64_t r = task / segments / plan.groups, row = task / segments % plan.groups;
-                place_rows(plan, r, row, space);
-                Largest<T> largest{space.more(), tail};
-                sums[task] = run_segment(plan, r, task % segments, space, largest);
-                if (tail > 0) largest.write(tops.get() + task * tail);
-            } else if (plan.rows_together > 1) {
-                run_together(plan, task / plan.groups, task % plan.groups, space, space.more());
-            } else {
-                run_row(plan, task / plan.groups, task % plan.groups, space, space.more());
-            }
-        }
-    }
-    for (int64_t row = 0; cut && row < groups; ++row) {
-        Sums<T> all;
-        Largest<T> largest{spaces[0].more(), tail};
-        for (int64_t task = row * segments; task < (row + 1) * segments; ++task) {
-            all.merge(sums[task]);
-            for (int64_t i = 0; i < tail; i += kTileSamples)
-                largest.push(tops.get() + task * tail + i, smaller(kTileSamples, tail - i));
-        }
-        write_row(plan, row, all, largest);
-    }
+    for (int64_t slot = 0; slot < threads; ++slot)
+        for (int64_t task = next++; task < groups; task = next++)
+            run(plan, task / plan.groups, task % plan.groups, spaces[slot], spaces[slot].more());
     return kOk;
 }
 

@@ -177,9 +177,11 @@ void run_back(const Plan<T>& plan, int64_t r, int64_t sample, Space<T>& space, R
     T* sums = part.weights;
     for (int64_t i = call.layers - 1; i >= 0; --i) {
         const auto [units, inputs] = plan.shapes[i];
-        const Outer<T> o = outer_of(plan, i);
-        outer(o, delta, space.values[i], space.panels * kPanel<T>, room.turned, sums, part.fresh);
-        sums += Arena<T>::line(o.size());
+        if (call.to_weights != nullptr) {
+            const Outer<T> o = outer_of(plan, i);
+            outer(o, delta, space.values[i], space.panels * kPanel<T>, room.turned, sums, part.fresh);
+            sums += Arena<T>::line(o.size());
+        }
         const Panels<T> slopes = i > 0 ? space.slopes[i - 1] : Panels<T>{};
         const bool plain = i == 0 || call.activations[i - 1] == kIdentity;
         const auto chain = [&](int64_t first, int64_t m, int64_t panel, T* values) {
@@ -240,11 +242,11 @@ int backward(const Importance& call) {
     if (const int error = plan.make(true)) return error;
     if (call.replicas * plan.groups == 0) return kOk;
     int64_t size = 0, units = 0;  // of a part; of all layers
-    for (int64_t i = 0; i < call.layers; ++i)
+    for (int64_t i = 0; i < call.layers && call.to_weights != nullptr; ++i)
         size += Arena<T>::line(outer_of(plan, i).size()), units += plan.shapes[i].units;
     const int64_t parts = parts_of(plan.groups, plan.tiles), all = call.replicas * parts;
     const int64_t threads = smaller(plan.threads, all);
-    const int64_t fit = smaller(all, kPartsBytes / (size * static_cast<int64_t>(sizeof(T))));
+    const int64_t fit = smaller(all, kPartsBytes / ((size + 1) * static_cast<int64_t>(sizeof(T))));
     const int64_t wave = fit > threads ? fit : threads;
     const int64_t slopes = call.variances + 1;  // of the variances, and the sum of shares
 

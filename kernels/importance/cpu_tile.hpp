@@ -161,8 +161,8 @@ template <class T>
 struct Space {
     // of a group of rows
     int64_t row = 0, rows = 0, each = 0;  // rows in the tile, samples of each
-    T *mean, *log_scale, *scale;          // [latents][64]
-    T* log_scales;                        // their sum over latents [64]
+    T *mean, *scale;                      // [latents][64]
+    T* log_scales;                        // log scales summed over latents [64]
     const T* target;                      // x: one row, or
     T* targets;                           // [outputs][64]
     // of a tile
@@ -170,7 +170,7 @@ struct Space {
     T *noise, *log_weights;               // [latents][64], [64]
     Panels<T>* values;                    // of each layer's inputs, with a row of ones below
     Panels<T>* slopes;                    // of each layer's activation (backward)
-    Panels<T> output;                     // one block, or in backward all outputs and then what comes back
+    Panels<T> output;                     // one block, or in backward all outputs and then what comes back to a layer
     T *partial, *factor, *total;          // of log p(x | z) [64]
     T *draws, *block;
 
@@ -178,7 +178,7 @@ struct Space {
     void lay_out(const Plan<T>& plan, bool backward) {
         constexpr int64_t tile = kTileSamples;
         const int64_t layers = plan.call.layers;
-        mean = take(plan.latents * tile), log_scale = take(plan.latents * tile), scale = take(plan.latents * tile);
+        mean = take(plan.latents * tile), scale = take(plan.latents * tile);
         noise = take(plan.latents * tile);
         log_scales = take(tile), log_weights = take(tile), partial = take(tile), factor = take(tile), total = take(tile);
         targets = take(plan.rows_together > 1 ? plan.outputs * tile : 0);
@@ -224,28 +224,31 @@ private:
     int64_t used_ = 0, more_ = 0;
 };
 
-// Rows `row` .. of replica r come to lie in the lanes.
+// The rows of a group come to lie in the lanes: all lanes of one row's tile are alike.
 template <class T>
 void place_rows(const Plan<T>& plan, int64_t r, int64_t group, Space<T>& space) {
     const int64_t latents = plan.latents, samples = plan.call.samples;
     space.row = group * plan.rows_together, space.rows = plan.rows_of(group);
     space.target = plan.x(r, space.row);
-    const auto place = [&](const T* from, int64_t width, int64_t stride, T* to) {
-        for (int64_t lane = 0; lane < kTileSamples; ++lane) {
-            const int64_t mine = space.rows == 1 ? 0 : lane / samples < space.rows ? lane / samples : 0;
-            for (int64_t l = 0; l < width; ++l) to[l * kTileSamples + lane] = from[mine * stride + l];
-        }
+    const auto fill = [&](int64_t lane, T value, T* to) {
+        if (space.rows == 1) std::fill(to, to + kTileSamples, value);
+        else to[lane] = value;
     };
     const int64_t first = (r * plan.call.rows + space.row) * latents;
-    place(static_cast<const T*>(plan.call.mean) + first, latents, latents, space.mean);
-    place(static_cast<const T*>(plan.call.log_scale) + first, latents, latents, space.log_scale);
-    for (int64_t i = 0; i < latents * kTileSamples; ++i) space.scale[i] = std::exp(space.log_scale[i]);
-    for (int64_t lane = 0; lane < kTileSamples; ++lane) {
+    for (int64_t lane = 0; lane < (space.rows == 1 ? 1 : kTileSamples); ++lane) {
+        const int64_t mine = space.rows > 1 && lane / samples < space.rows ? lane / samples : 0;
+        const T* const mean = static_cast<const T*>(plan.call.mean) + first + mine * latents;
+        const T* const log_scale = static_cast<const T*>(plan.call.log_scale) + first + mine * latents;
         T sum = 0;
-        for (int64_t l = 0; l < latents; ++l) sum += space.log_scale[l * kTileSamples + lane];
-        space.log_scales[lane] = sum;
+        for (int64_t l = 0; l < latents; ++l) {
+            sum += log_scale[l];
+            fill(lane, mean[l], space.mean + l * kTileSamples);
+            fill(lane, std::exp(log_scale[l]), space.scale + l * kTileSamples);
+        }
+        fill(lane, sum, space.log_scales);
+        for (int64_t d = 0; d < plan.outputs && plan.rows_together > 1; ++d)
+            fill(lane, space.target[mine * plan.outputs + d], space.targets + d * kTileSamples);
     }
-    if (plan.rows_together > 1) place(space.target, plan.outputs, plan.outputs, space.targets);
 }
 
 // The noise of samples sample .. of the rows. Whole tiles of 1, 2 or 4 latents take the lanes as Philox fills them.

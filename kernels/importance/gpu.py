@@ -30,7 +30,7 @@ def backward(
     grad: Tensor, log_likelihood: Tensor, x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws,
     num_samples: int, kind: str, precision: str, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
-    """As reference.backward. ``wanted`` (x, variance): a gradient that is not is zero."""
+    """As reference.backward. ``wanted`` (x, variance, ...): a gradient that is not is zero."""
     arguments = (grad, log_likelihood, x, mean, log_scale, decoder, draws, num_samples, kind)
     with gpu.device_of(x):
         if gpu_narrow.takes(decoder):

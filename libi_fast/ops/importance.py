@@ -263,7 +263,8 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *ignored: Any):
         log_likelihood, x, mean, log_scale, variance, seed, replicas, *parameters = ctx.saved_tensors
         layers = ctx.layers
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[3]]  # x and variance: kernels leave out what nobody reads
+        # x, variance, any parameter: kernels leave out what nobody reads.
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], any(ctx.needs_input_grad[8:])]
         to_x, to_mean, to_scale, to_parameters, to_variance = _backward(
             grad, log_likelihood, wanted, x, mean, log_scale, parameters, variance, ",".join(layers.activations),
             list(layers.has_bias), layers.likelihood, seed, replicas, *ctx.settings,

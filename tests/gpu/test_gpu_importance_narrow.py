@@ -68,7 +68,7 @@ def test_what_is_kept_of_a_row_does_not_grow_with_its_samples(device, small_piec
 
 def test_gradients_nobody_reads_are_zero_and_move_no_other(device):
     p = problem([2, 4, 2])
-    whole, part = fused(p, device), fused(p._replace(wanted=(False, False)), device)
+    whole, part = fused(p, device), fused(p._replace(wanted=(False, False, True)), device)
     assert not part["to_x"].any() and not part["to_variance"].any()
     for name in whole.keys() - {"to_x", "to_variance"}:
         assert torch.equal(whole[name], part[name]), name

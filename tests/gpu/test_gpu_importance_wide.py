@@ -76,7 +76,7 @@ def test_replicas_that_do_not_fit_the_workspace_together(device, monkeypatch):
 
 def test_gradients_nobody_reads_are_zero_and_move_no_other(device):
     p = problem([2, 20, 9])
-    whole, part = fused(p, device), fused(p._replace(wanted=(False, False)), device)
+    whole, part = fused(p, device), fused(p._replace(wanted=(False, False, True)), device)
     assert not part["to_x"].any() and not part["to_variance"].any()
     for name in whole.keys() - {"to_x", "to_variance"}:
         assert torch.equal(whole[name], part[name]), name
