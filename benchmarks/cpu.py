@@ -27,6 +27,7 @@ from benchmarks.workloads import Form, Workload
 NAMES = ("W1", "W2", "W3", "W4a", "W4b", "W5", "W6")
 ALIASES = {"log_mean_exp": "W1", "henze_zirkler": "W5", "smooth_knn": "W6"}
 FINALISTS = 3  # of each kind
+FEW = 20  # rows
 TRY_LIMIT = 240.0  # seconds of checking, compiling and trying one form above which larger chunks of its kind are left out
 HOPELESS = 4.0  # times the fastest of its kind: one call is enough to know
 
@@ -80,10 +81,11 @@ def measure_case(case: Case, peers: list[str] | None, rounds: int, memory_of: st
 
 def judged(case: Case) -> dict[str, Any]:
     """Ours is right if it is within the tolerance, and its root mean square error is not twice that of torch's own float32
-    (largest errors are a matter of luck)."""
+    (largest errors are a matter of luck; of a few rows, as in quick runs, so is the mean, and eight times pass)."""
     error, by_torch = case.right(), case.torch_error()
     known = [k for k in ("mean value", "mean gradients") if error.get(k) is not None]
-    near = all(error[k] <= max(2 * by_torch[k], cases.ULP) for k in known)
+    times = 2 if error.get("rows", FEW) >= FEW else 8
+    near = all(error[k] <= max(times * by_torch[k], cases.ULP) for k in known)
     return {**error, "of torch in float32": {k: by_torch[k] for k in known}, "allowed": bool(error["allowed"] and near)}
 
 

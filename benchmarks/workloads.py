@@ -311,7 +311,7 @@ def error(found: tuple[Tensor, ...], truth: tuple[Tensor, ...], p: Problem, prec
     allowed = largest[0] <= TOLERANCE[precision] and all(e <= GRADIENT_TOLERANCE[precision] for e in largest[1:])
     return {
         "value": largest[0], "gradients": max(largest[1:], default=None),
-        "mean value": mean[0], "mean gradients": max(mean[1:], default=None), "allowed": allowed,
+        "mean value": mean[0], "mean gradients": max(mean[1:], default=None), "rows": truth[0].numel(), "allowed": allowed,
     }  # fmt: skip
 
 

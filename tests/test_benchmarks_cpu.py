@@ -72,7 +72,7 @@ def test_ours_may_not_be_twice_as_far_as_torch():
     case = tiny("W4b")
     torchs = case.torch_error()
     for key in ("mean value", "mean gradients"):
-        far = {**torchs, key: 3 * max(torchs[key], cases.ULP)}
+        far = {**torchs, key: 3 * max(torchs[key], cases.ULP), "rows": 100}
         assert not cpu.judged(case._replace(right=lambda far=far: far))["allowed"]
     judged = cpu.judged(case._replace(right=lambda: torchs))
     assert judged["allowed"] and judged["of torch in float32"]["mean value"] == torchs["mean value"]

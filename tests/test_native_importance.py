@@ -129,7 +129,7 @@ def test_variance(diagonal: bool) -> None:
     check(problem([2, 4, 5], rows=9, diagonal=diagonal, num_samples=100))
 
 
-@pytest.mark.parametrize("wanted", itertools.product([True, False], repeat=3))
+@pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
 def test_only_what_is_wanted(wanted: tuple[bool, bool, bool]) -> None:
     p = problem([2, 4, 3], rows=3)
     found, truth = native(p._replace(wanted=wanted), F64), exact(p)
