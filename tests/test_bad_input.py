@@ -280,6 +280,11 @@ def test_addresses_of_another_device_are_not_read() -> None:
         _library._choose("f", implementations, {}, "cpu", [[torch.zeros(2, device="meta")]])
 
 
+def test_a_path_that_leads_to_no_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIBI_FAST_LIBRARY", "/nowhere/libi_kernels.so")
+    assert cpu._load.__wrapped__() == (None, "LIBI_FAST_LIBRARY names /nowhere/libi_kernels.so, which is no file")
+
+
 # --- more than 2^31 numbers: memory that numpy has not written yet costs nothing to read ---
 
 
