@@ -147,4 +147,4 @@ def counts(w: Workload) -> dict[str, float]:
     weight. Random words, the prior and the products with the noise are left out."""
     special = w.widths[0] + 1 + (w.widths[-1] if w.likelihood == "bernoulli" else 0)
     each = w.rows * w.samples
-    return {"multiply-add": w.flops / 2, "sigmoid": float(each * sum(w.widths[1:-1])), "exp2": float(each * special)}
+    return {"multiply-add": w.flops / 2, "tanh": float(each * sum(w.widths[1:-1])), "exp2": float(each * special)}

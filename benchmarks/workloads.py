@@ -246,28 +246,46 @@ def chunked(p: Problem, function: Callable[..., Tensor], step: int, draw: Callab
 
 
 def torch_forms(p: Problem, precision: str, name: str, lines: list[int]) -> Iterator[Form]:
-    """``name`` is "torch eager", "torch.compile" or, for narrow decoders, "torch.compile by coordinate" or "... unrolled"."""
+    """``name`` is "torch eager", "torch.compile" or, for narrow decoders, "torch.compile by coordinate" or "... unrolled".
+
+    Compiled ones come a second time (but for "... unrolled", which compiles for up to a minute) with noise that is drawn inside
+    the compiled function, by the compiler's own random numbers; when they are checked it is given to them.
+    """
     function = {"torch.compile by coordinate": by_lanes, "torch.compile unrolled": unrolled}.get(name, log_likelihood)
     lanes = function is not log_likelihood and p.x.device.type == "cpu"  # there a coordinate is faster read without strides
+    latents, samples = p.mean.shape[1], p.workload.samples
+    plain = function
+
+    def noise_of_chunk(rows: int) -> Tensor:
+        if lanes:
+            return torch.randn(latents, rows, samples).permute(1, 2, 0)
+        return torch.randn(rows, samples, latents, device=p.x.device)
+
+    def noise_inside(pairs: Pairs, x: Tensor, mean: Tensor, log_std: Tensor, unused: Tensor, *rest: Any) -> Tensor:
+        return plain(pairs, x, mean, log_std, noise_of_chunk(x.shape[0]), *rest)
+
+    drawing = None
     if name != "torch eager":
         function = torch.compile(function, dynamic=False)
-    latents, samples = p.mean.shape[1], p.workload.samples
-    for step in sorted({rows_of(size, p.workload) for size in lines}):
+        drawing = torch.compile(noise_inside, dynamic=False) if plain is not unrolled else None
+    steps = sorted({rows_of(size, p.workload) for size in lines})
 
-        def run(step=step):
-            def draw(start: int) -> Tensor:
-                if lanes:
-                    return torch.randn(latents, step, samples).permute(1, 2, 0)
-                return torch.randn(step, samples, latents, device=p.x.device)
-
+    def form(step: int, inside: bool) -> Form:
+        def run() -> tuple[Tensor, ...]:
             with autocast(precision, p.x.device):
-                return chunked(p, function, step, draw)
+                if inside:
+                    return chunked(p, drawing, step, lambda start: p.x[:step])
+                return chunked(p, function, step, lambda start: noise_of_chunk(step))
 
-        def check(part: Problem, noise: Tensor, step=step):
+        def check(part: Problem, noise: Tensor) -> tuple[Tensor, ...]:
             with autocast(precision, p.x.device):
                 return chunked(part, function, step, lambda start: noise[start:])
 
-        yield Form(f"{name}, {step} rows", precision, run, check)
+        return Form(f"{name}, {step} rows" + (", noise inside" if inside else ""), precision, run, check)
+
+    yield from (form(step, False) for step in steps)
+    if drawing is not None:
+        yield from (form(step, True) for step in steps)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -89,6 +89,8 @@ def _candidates() -> list[Path]:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     path = next((p for p in _candidates() if p.is_file()), None)
     if path is None:
+        if chosen := os.environ.get("LIBI_FAST_LIBRARY"):
+            return None, f"LIBI_FAST_LIBRARY names {chosen}, which is no file"
         return None, "it was not built with libi_fast: no working C++ compiler, or an error that `pip install -v` shows"
     try:
         library = ctypes.CDLL(str(path))

@@ -124,6 +124,32 @@ def test_data_shared_by_replicas() -> None:
     check(p._replace(x=p.x[:1]))
 
 
+SHARED = ("x", "variance", "weight_0", "bias_0", "weight_1", "bias_1")
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize(
+    "shared",
+    [("variance",), ("weight_0", "bias_0"), ("weight_0",), ("bias_1",), SHARED[:1] + SHARED[2:], ("x",), ("x", "variance")],
+    ids="-".join,
+)
+def test_replicas_that_share_some_tensors(shared: tuple[str, ...], kind: str) -> None:
+    p = problem([2, 6, 3], rows=4, num_samples=40, replicas=3, own=3, kind=kind, tail=2)
+    tensors = {
+        name: t[:1] if name in shared else t for name, t in zip(SHARED, (p.x, p.decoder.variance, *flat(p)), strict=True)
+    }
+    assert all(t.shape[0] == (1 if name in shared else 3) for name, t in tensors.items())
+    decoder = p.decoder._replace(
+        weights=[tensors["weight_0"], tensors["weight_1"]], biases=[tensors["bias_0"], tensors["bias_1"]],
+        variance=tensors["variance"],
+    )  # fmt: skip
+    check(p._replace(x=tensors["x"], decoder=decoder))
+
+
+def flat(p: Problem) -> list[Tensor]:
+    return [t for pair in zip(p.decoder.weights, p.decoder.biases, strict=True) for t in pair if t is not None]
+
+
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_variance(diagonal: bool) -> None:
     check(problem([2, 4, 5], rows=9, diagonal=diagonal, num_samples=100))
@@ -202,12 +228,15 @@ def test_strided_arguments() -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_no_rows_and_no_replicas() -> None:
-    p = problem([2, 6, 3], rows=3)
+def test_no_rows() -> None:
+    p = problem([2, 6, 3], rows=3, replicas=2, tail=2)
     empty = p._replace(x=p.x[:, :0], mean=p.mean[:, :0], log_scale=p.log_scale[:, :0], grad=p.grad[:, :0])
-    found = native(empty, F32)
-    assert found["log_likelihood"].shape == (1, 0)
-    assert all(bool((found[f"to_{name}"] == 0).all()) for name in ("weight_0", "bias_1", "variance"))
+    for dtype in (F32, F64):
+        found = native(empty, dtype)
+        assert found["log_likelihood"].shape == found["effective_sample_size"].shape == (2, 0)
+        assert found["top"].shape == (2, 0, 2) and found["to_mean"].shape == found["to_log_scale"].shape == (2, 0, 2)
+        for name in ("weight_0", "weight_1", "bias_0", "bias_1", "variance"):
+            assert bool((found[f"to_{name}"] == 0).all()), name
 
 
 # --- values that meet a limit ---
@@ -232,15 +261,37 @@ def test_saturated_units_and_probabilities() -> None:
 
 
 def test_rows_of_no_weight_and_nan() -> None:
-    """A row whose weights are all 0 has log-likelihood -infinity, effective size 0 and no gradient; NaN stays in its row."""
+    """A row whose weights are all 0 has log-likelihood -infinity and effective size 0; NaN stays in its row. Where x itself is
+    infinite or NaN the slopes are so too, and 0 times infinity is NaN: such a row's gradients, and those of what it shares with
+    other rows (weights, biases, variance), are NaN, in the reference as well."""
     p = problem([2, 6, 3], rows=5, num_samples=80, tail=3)
     x = p.x.clone()
     x[0, 1], x[0, 3] = math.inf, math.nan
-    found, clean = native(p._replace(x=x), F32), native(p, F32)
+    p, clean = p._replace(x=x), native(p, F32)
+    found, reference = native(p, F32), exact(p, F32)
     assert found["log_likelihood"][0, 1] == -math.inf and found["effective_sample_size"][0, 1] == 0
     assert bool(found["log_likelihood"][0, 3].isnan()) and bool(found["top"][0, 3].isnan().all())
-    for name in ("log_likelihood", "effective_sample_size", "top", "to_mean"):
+    for name in ("log_likelihood", "effective_sample_size", "top", "to_mean", "to_log_scale"):
         assert torch.equal(found[name][0, ::2], clean[name][0, ::2]), name
+    for name in ("to_mean", "to_weight_0", "to_bias_1", "to_variance"):
+        assert torch.equal(found[name].isnan(), reference[name].isnan()) and bool(found[name].isnan().any()), name
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize("far", [1e20, 1e30])
+def test_a_row_of_no_weight_and_finite_slopes_has_no_gradient(far: float, kind: str) -> None:
+    """So far away that squares overflow float32, but no slope: zeros for the row, and for others what they have without it."""
+    p = problem([2, 6, 3], rows=5, num_samples=80, kind=kind, wanted=(True, False))
+    x = p.x.clone()
+    x[0, 1] = far
+    p, without = p._replace(x=x), p.grad.clone()
+    without[0, 1] = 0
+    found, reference, clean = native(p, F32), exact(p, F32), native(p._replace(x=p.x.clamp(-9, 9), grad=without), F32)
+    assert found["log_likelihood"][0, 1] == reference["log_likelihood"][0, 1] == -math.inf
+    for name in ("to_x", "to_mean", "to_log_scale"):
+        assert bool((found[name][0, 1] == 0).all()) and bool((reference[name][0, 1] == 0).all()), name
+    for name in ("to_x", "to_mean", "to_log_scale", "to_weight_0", "to_bias_0", "to_weight_1", "to_bias_1"):
+        assert torch.equal(found[name], clean[name]), name
 
 
 @pytest.mark.parametrize("tail", [1, 60, 200, 300])

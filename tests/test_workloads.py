@@ -38,6 +38,24 @@ def test_torch_peers_return_our_numbers(name):
         assert form.run()[0].shape == (5,)
 
 
+@pytest.mark.parametrize("kind", ["torch.compile", "torch.compile by coordinate"])
+@pytest.mark.parametrize("name", ["W2", "W4a"])
+def test_compiled_peers_come_with_noise_inside(name, kind, monkeypatch):
+    """Without the compiler: what is compiled returns our numbers, and draws its own when it runs."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    p = tiny(name)
+    noise, truth = workloads.noise_of(p), solved(p)
+    forms = list(workloads.torch_forms(p, "ieee", kind, [24, 10**6]))
+    names = [f"{kind}, {rows} rows{where}" for where in ("", ", noise inside") for rows in (1, 5)]
+    assert [f.name for f in forms] == names
+    for form in forms:
+        assert workloads.error(form.check(p, noise), truth, p, "ieee")["allowed"]
+        first, second = form.run()[0], form.run()[0]
+        assert first.shape == (5,) and bool((first != second).all())
+    (only,) = workloads.torch_forms(p, "ieee", "torch.compile unrolled", [24])
+    assert only.name == "torch.compile unrolled, 1 rows"
+
+
 def test_by_coordinate():
     p = tiny("W2")
     w = p.workload

@@ -44,7 +44,8 @@ class Likelihood(nn.Module):
     def check_width(self, output_dim: int, data_dim: int) -> None:
         """Raise InputError where the decoder's output does not have a value for every column."""
         if output_dim != data_dim:
-            raise InputError(f"the decoder's output has {output_dim} values a row but the data has {data_dim} columns")
+            widths = f"the decoder's output has {output_dim} values a row but the data has {data_dim} columns"
+            raise InputError(f"x does not fit the model: {widths}")
 
     def config(self) -> dict[str, Any]:
         return {"name": self.name}

@@ -455,11 +455,38 @@ def check_settings(settings: Settings) -> None:
     lib.check_index("repetition", settings.repetition, random.INDEX_LIMIT)
 
 
+def check_layers(x: Tensor, layers: Layers, parameters: Sequence[Tensor], variance: Tensor) -> None:
+    """Raise unless the decoder's tensors fit each other and x in shape, dtype and device, which kernels take for granted.
+
+    Raises:
+        InputError: shapes or devices; TypeError: dtypes. The layer is named, counted from 1, linear maps alone.
+    """
+    rest, width = iter(parameters), None
+    for number, has_bias in enumerate(layers.has_bias, 1):
+        layer, weight = f"decoder layer {number}", next(rest)
+        lib.check_tensor(f"{layer}'s weight", weight)
+        lib.check_like(f"{layer}'s weight", weight, "x", x)
+        if weight.dim() != 3:
+            raise InputError(f"{layer}'s weight must have shape (outputs, inputs), got {tuple(weight.shape[1:])}")
+        _, units, inputs = weight.shape
+        if width is not None and inputs != width:
+            raise InputError(f"{layer} takes {inputs} inputs, but layer {number - 1} gives {width}")
+        width = units
+        if has_bias:
+            bias = next(rest)
+            lib.check_tensor(f"{layer}'s bias", bias)
+            lib.check_like(f"{layer}'s bias", bias, "x", x)
+            if bias.dim() != 2 or bias.shape[1] != units:
+                raise InputError(f"{layer} has {units} units, but its bias has shape {tuple(bias.shape[1:])}")
+    lib.check_like("the likelihood's variance", variance, "x", x)
+
+
 def importance_layers(
     x: Tensor, mean: Tensor, log_scale: Tensor, layers: Layers, parameters: Sequence[Tensor], variance: Tensor,
     seed: Tensor, replicas: Tensor, settings: Settings,
 ) -> Estimate:  # fmt: skip
     """A recognised decoder. x [R or 1, N, D]; mean, log_scale [R, N, L]; parameters with R or 1 in front; variance likewise."""
+    check_layers(x, layers, parameters, variance)
     return Estimate(*_Fused.apply(x, mean, log_scale, variance, seed, replicas, layers, settings, *parameters))
 
 
