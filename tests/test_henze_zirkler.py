@@ -76,11 +76,12 @@ def test_against_all_pairs(n: int, d: int, kind: str, beta: float | None) -> Non
 @pytest.mark.parametrize("method", ["exact", "quadrature"])
 def test_both_ends_of_beta(method: str, beta: float, dtype: torch.dtype) -> None:
     """Where two points coincide they meet at any beta."""
-    z = torch.cat((points(60, 2, "skewed"), points(60, 2, "skewed")[:7])).to(dtype)
+    z = points(60, 2, "skewed", dtype)
+    z = torch.cat((z, z[:7]))
     leaf = z.clone().requires_grad_()
     found = henze_zirkler_statistic(leaf, method=method, beta=beta)
     (gradient,) = torch.autograd.grad(found, leaf)
-    wide = z.double().requires_grad_()
+    wide = z.double().clone().requires_grad_()
     (slope,) = torch.autograd.grad(henze_zirkler_statistic(wide, beta=beta, backend="reference"), wide)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     assert abs(float(found) - direct(z.double().numpy(), beta)) <= tolerance

@@ -249,8 +249,8 @@ def henze_zirkler(
         accounted for (work of num_frequencies^2 or num_slices^2).
 
     Raises:
-        InputError: fewer than 2 points, NaN or infinity (the row is named), beta outside 1e-10 .. 1e10, an unknown method, counts below 1,
-            ``quadrature`` with d > 3, ``reduce`` with another method than ``random``, a CUDA graph's capture of
+        InputError: fewer than 2 points, NaN or infinity (the row is named), beta outside 1e-10 .. 1e10, an unknown method,
+            counts below 1, ``quadrature`` with d > 3, ``reduce`` with another method than ``random``, a CUDA graph's capture of
             ``quadrature`` or ``sliced``, whose nodes depend on the data.
         TypeError: not a float tensor, counts that are not integers, a ``reduce`` that is no function.
 
