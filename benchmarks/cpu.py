@@ -8,13 +8,11 @@ is that of one form in a process of its own (memory.py).
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +33,8 @@ HOPELESS = 4.0  # times the fastest of its kind: one call is enough to know
 def cases_of(name: str, quick: bool) -> list[Case]:
     if name == "W6":
         return smooth_knn.cases(400 if quick else smooth_knn.REPETITIONS)
+    if name == "W5":
+        return henze_zirkler.cases(quick)
     w = Workload.on_cpu(name)
     if name == "W1":
         return [log_mean_exp.case(w._replace(rows=256, samples=500) if quick else w)]
@@ -43,10 +43,9 @@ def cases_of(name: str, quick: bool) -> list[Case]:
 
 def measure(name: str, quick: bool = False, peers: list[str] | None = None) -> dict[str, Any]:
     """-> {case: what was measured of it}."""
-    if name == "W5":
-        return pairwise(quick)
+    remembered = not quick and name != "W5"  # its memory would take as long as all else
     return {
-        case.name: measure_case(case, peers, rounds=3 if quick else ROUNDS, memory_of=None if quick else name)
+        case.name: measure_case(case, peers, rounds=3 if quick else ROUNDS, memory_of=name if remembered else None)
         for case in cases_of(name, quick)
     }
 
@@ -182,51 +181,6 @@ def memory(workload: str, case: str, form: str) -> dict[str, Any]:
     why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     print(f"memory of {form}: {why}", flush=True)
     return {"peak bytes": None, "memory": why}
-
-
-# --- W5: the Henze-Zirkler benchmark has its own peers and checks ---
-
-
-def pairwise(quick: bool) -> dict[str, Any]:
-    known = inspect.signature(henze_zirkler.run).parameters
-    try:
-        results = henze_zirkler.run(**({"quick": True} if quick and "quick" in known else {}))
-    except RuntimeError as error:  # ours or a peer is wrong
-        return {"W5": {"size": "", "ours": {}, "forms": {}, "absent": {}, "refused": str(error)}}
-    found = {f"W5 {path}".strip(): in_our_terms(part) for path, part in measured_in(results)}
-    for name, part in found.items():
-        for form, entry in part["forms"].items():
-            if "best ms" not in entry:
-                report.print_tried(f"{name}, {form}", entry)
-    return found
-
-
-def measured_in(results: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary with times in it, however deep."""
-    if isinstance(results, dict):
-        if isinstance(results.get("times"), dict) and "libi_fast" in results["times"]:
-            yield path, results
-            return
-        for key, part in results.items():
-            yield from measured_in(part, f"{path} {key}".strip())
-
-
-def in_our_terms(part: dict[str, Any]) -> dict[str, Any]:
-    errors, peaks = part.get("errors", {}), part.get("peak bytes", {})
-    entries: dict[str, Any] = {}
-    for name, times in part["times"].items():
-        entries[name] = {**times, "interleaved": True}
-        if name in errors:
-            entries[name]["error"] = errors[name] if isinstance(errors[name], dict) else {"value": errors[name]}
-        if isinstance(peaks, dict) and name in peaks:
-            entries[name]["peak bytes"] = peaks[name]
-    for key in ("refused", "failed", "absent"):  # forms without a time, by whatever name
-        for name, why in (part.get(key) or {}).items() if isinstance(part.get(key), dict) else ():
-            entries.setdefault(name, {})[key] = why
-    ours = entries.pop("libi_fast")
-    ours.setdefault("share of the bound", part.get("share of the bound"))
-    rest = {k: v for k, v in part.items() if k not in ("times", "errors", "refused", "failed", "absent")}
-    return {"size": "", "ours": ours, "forms": entries, "absent": {}, **rest, **compared_to_fastest(ours, entries)}
 
 
 # --- sweeps ---

@@ -3,21 +3,21 @@
 W5a is the exact form, W5b the quadrature, W5c 1024 random frequencies. Peers of W5a in torch share the reference's whitening;
 all of them take the gradient's sums in the forward pass: by coordinate or by matrix products, eager or compiled, over all
 replicas at once or one after another. W5b's and W5c's are differentiated by autograd, or by hand in chunks; W5b's get their
-nodes for nothing. JAX takes value_and_grad of the whole, at once and in rematerialised chunks, where it is installed: then
-start with OMP_WAIT_POLICY=passive, or OpenMP's threads spin while JAX's work.
+nodes for nothing. JAX takes value_and_grad of the whole, at once and in rematerialised chunks, where it is installed.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import henze_zirkler_jax
+from benchmarks import henze_zirkler_jax, peak
+from benchmarks.cases import Case
+from benchmarks.workloads import Form
 from libi_fast.kernels.henze_zirkler import characteristic, reference
 from libi_fast.ops.henze_zirkler import henze_zirkler_statistic
 from libi_fast.ops.random import Stream, philox_normal
@@ -31,7 +31,14 @@ PROBLEMS = {
     "random, 4000 x 2": ("random", 1, 4000, 2),
     "random, 100,000 x 8": ("random", 1, 100_000, 8),
 }
+QUICK = {
+    "200 x 2": ("exact", 1, 200, 2),
+    "3 x 100 x 2": ("exact", 3, 100, 2),
+    "quadrature, 200 x 2": ("quadrature", 1, 200, 2),
+    "random, 200 x 3": ("random", 1, 200, 3),
+}
 FREQUENCIES = 1024
+JUDGED = 32_000  # points, of as many replicas as they make, that our error is judged by
 TOLERANCE = 2e-3  # of the value and of the largest gradient, against float64: HZ is a small difference of large sums
 PairSums = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
 
@@ -60,24 +67,24 @@ def chunked(one: Callable[..., tuple[Tensor, Tensor]], chunk: int, looped: bool)
     return pair_sums
 
 
-def forms(replicas: int, n: int) -> dict[str, PairSums]:
+def pair_forms(replicas: int, n: int) -> dict[str, PairSums]:
     compiled = torch.compile(by_coordinate, dynamic=False)
     looped = replicas > 1
     result: dict[str, PairSums] = {
-        "reference": reference.pair_sums,
-        "torch.compile": chunked(compiled, n, looped),
-        "torch eager, chunks of 125": chunked(by_coordinate, 125, looped),
+        "torch eager, products": reference.pair_sums,
+        "torch eager, 125 rows": chunked(by_coordinate, min(n, 125), looped),
+        "torch.compile, all rows": chunked(compiled, n, looped),
     }
     if looped:
-        result["torch.compile, batched"] = chunked(compiled, n, False)
+        result["torch.compile, all replicas"] = chunked(compiled, n, False)
     else:
-        result["torch.compile, chunks of 500"] = chunked(compiled, 500, False)
-    result["reference, torch.compile"] = torch.compile(reference.pair_sums, dynamic=False)
+        result["torch.compile, 500 rows"] = chunked(compiled, min(n, 500), False)
+    result["torch.compile, products"] = torch.compile(reference.pair_sums, dynamic=False)
     return result
 
 
 def linear_forms(z: Tensor, method: str, vectors: Any) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
-    """torch's forms of the two that cost n: eager in chunks is the reference; autograd compiled, and by hand in chunks."""
+    """torch's forms of the two that cost n, beside the reference, which is eager in chunks: by autograd, by hand in chunks."""
     n = z.shape[-2]
 
     def natural(y: Tensor) -> Tensor:
@@ -122,90 +129,89 @@ def linear_forms(z: Tensor, method: str, vectors: Any) -> dict[str, Callable[[],
         result["torch eager, autograd"] = lambda: differentiated(natural)
     if method == "random":
         fused = torch.compile(sums, dynamic=False), torch.compile(pull, dynamic=False)
-        for chunk in (500, 2000, n):
+        for chunk in (500, 2000):
             if n % chunk == 0:
-                result[f"torch.compile, chunks of {chunk}"] = lambda chunk=chunk: by_hand(chunk, *fused)
-                result[f"torch eager, chunks of {chunk}"] = lambda chunk=chunk: by_hand(chunk, sums, pull)
+                result[f"torch.compile, {chunk} rows"] = lambda chunk=chunk: by_hand(chunk, *fused)
+        chunk = min(n, 500)
+        result[f"torch eager, {chunk} rows"] = lambda: by_hand(chunk, sums, pull)
     return result
 
 
-def in_turns(functions: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
-    """Best and median milliseconds: 15 turns, 5 where the fastest takes over 20 ms; two for who is ten times slower than it."""
-
-    def once(function: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        function()
-        return 1e3 * (time.perf_counter() - start)
-
-    times: dict[str, list[float]] = {k: [once(f), once(f)] for k, f in functions.items()}
-    fastest = min(min(v) for k, v in times.items() if k != "libi_fast")
-    for _ in range(5 if fastest > 20 else 15):
-        for name, function in functions.items():
-            if min(times[name]) <= 10 * fastest:
-                times[name].append(once(function))
-    return {k: {"best ms": min(v), "median ms": sorted(v)[len(v) // 2]} for k, v in times.items()}
+def cases(quick: bool = False) -> list[Case]:
+    return [case(f"W5, {name}", *problem) for name, problem in (QUICK if quick else PROBLEMS).items()]
 
 
-def measure(method: str, replicas: int, n: int, d: int) -> dict[str, Any]:
+def differentiated(z: Tensor, method: str, backend: str) -> tuple[Tensor, Tensor]:
+    leaf = z.detach().requires_grad_()
+    value = henze_zirkler_statistic(leaf, backend=backend, method=method, num_frequencies=FREQUENCIES)
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+
+def compared(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The value's error relative to it, the gradient's to its largest entry."""
+    value = (found[0] - truth[0]) / truth[0]
+    slope = (found[1] - truth[1]) / truth[1].abs().max()
+    largest, of_slope = float(value.abs().max()), float(slope.abs().max())
+    means = {"mean value": float(value.square().mean().sqrt()), "mean gradients": float(slope.square().mean().sqrt())}
+    return {"value": largest, "gradients": of_slope, **means, "allowed": largest <= TOLERANCE and of_slope <= TOLERANCE}
+
+
+def case(name: str, method: str, replicas: int, n: int, d: int) -> Case:
     z = philox_normal(0, replicas, n * d).reshape(replicas, n, d)
+    more = philox_normal(1, max(1, JUDGED // n), n * d).reshape(-1, n, d)
+    truths: dict[str, tuple[Tensor, Tensor]] = {}  # made when first asked for
+
+    def error(found: tuple[Any, ...], points: Tensor = z) -> dict[str, Any]:
+        key = "more" if points is more else "z"
+        if key not in truths:  # random: of frequencies drawn in double, the same to rounding
+            truths[key] = differentiated(points.double(), method, "reference")
+        return compared(found, truths[key])
+
+    return Case(
+        name, f"{replicas} x {n} x {d}, forward + backward", lambda: differentiated(z, method, "cpu"),
+        lambda: error(differentiated(more, method, "cpu"), more),
+        lambda: error(differentiated(more, method, "reference"), more),
+        error, (), lambda: peers(z, method), None, lambda: peak.bound(counts(z, method)),
+    )  # fmt: skip
+
+
+def peers(z: Tensor, method: str) -> Iterator[Form]:
+    replicas, n, d = z.shape
     beta = reference.default_beta(n, d)
-    whole = {"method": method, "num_frequencies": FREQUENCIES}
-
-    def ours() -> tuple[Tensor, Tensor]:
-        leaf = z.detach().requires_grad_()
-        value = henze_zirkler_statistic(leaf, backend="cpu", **whole)
-        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
-
-    def in_torch(points: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = points.detach().requires_grad_()
-        value = henze_zirkler_statistic(leaf, backend="reference", **whole)
-        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
-
-    def peer(sums: PairSums) -> Callable[[], tuple[Tensor, Tensor]]:
-        return lambda: reference.forward(z, beta, True, sums)
-
-    functions = {"libi_fast": ours}
     vectors: Any = None
+    functions: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
     if method == "exact":
-        functions |= {name: peer(f) for name, f in forms(replicas, n).items()}
+        for name, sums in pair_forms(replicas, n).items():
+            functions[name] = lambda sums=sums: reference.forward(z, beta, True, sums)
     else:
         if method == "random":
             vectors = beta * philox_normal(0, FREQUENCIES, d, stream=Stream.FREQUENCIES)
         else:
             factors = characteristic.grid(reference.whiten(z)[0], beta)
             vectors = [(f.frequencies[:, 0], f.weight) for f in factors]
-        functions |= {"reference, torch eager in chunks": lambda: in_torch(z)} | linear_forms(z, method, vectors)
+        functions["torch eager, reference"] = lambda: differentiated(z, method, "reference")
+        functions |= linear_forms(z, method, vectors)
+    for name, run in functions.items():
+        yield Form(name, "ieee", run, run)
     if henze_zirkler_jax.available():
         chunks = {"exact": [0] if replicas > 1 else [0, 500], "quadrature": [0, 2000]}.get(method, [500, 2000])
         if method == "random" and n < 10**5:  # all at once would hold gigabytes
             chunks = [0, *chunks]
-        functions |= henze_zirkler_jax.forms(z, method, beta, vectors, chunks)
-    exact, gradient = in_torch(z.double())  # random: of frequencies drawn in double, the same to rounding
-    errors = {}
-    for name, function in functions.items():
-        found, slope = function()
-        error = max(float(((found - exact) / exact).abs().max()), float((slope - gradient).abs().max() / gradient.abs().max()))
-        errors[name] = error
-        if not error <= TOLERANCE:
-            raise RuntimeError(f"{name} is wrong by {error}: no speed is quoted for a wrong answer")
-    times = in_turns(functions)
-    fastest = min((k for k in times if k != "libi_fast"), key=lambda k: times[k]["best ms"])
-    best = times["libi_fast"]["best ms"]
-    result = {
-        "times": times,
-        "errors": errors,
-        "fastest peer": fastest,
-        "ratio to the fastest peer": times[fastest]["best ms"] / best,
-        "ratio of the medians": times[fastest]["median ms"] / times["libi_fast"]["median ms"],
-    }
+        for name, run in henze_zirkler_jax.forms(z, method, beta, vectors, [c for c in chunks if c == 0 or n % c == 0]):
+            yield Form(name, "ieee", run, run)
+
+
+def counts(z: Tensor, method: str) -> dict[str, float]:
+    """Exact: of each unordered pair an exponential, and d multiply-adds for its distance and for each of its points' slopes.
+    Random: of each point and frequency a cosine and a sine, d multiply-adds for the phase and d + 2 for the slope.
+    Quadrature: cosines and sines of each coordinate, and their products, once forward and twice back."""
+    replicas, n, d = z.shape
     if method == "exact":
-        result["ns per exp, all threads"] = 1e6 * best / (replicas * n * (n + 1) / 2)
+        pairs = replicas * n * (n - 1) / 2
+        return {"multiply-add": 3 * d * pairs, "exp2": pairs}
     if method == "random":
-        result["ns per point and frequency, all threads"] = 1e6 * best / (replicas * n * FREQUENCIES)
-    return result
-
-
-def run() -> dict[str, Any]:
-    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset")} | {
-        name: measure(*problem) for name, problem in PROBLEMS.items()
-    }
+        each = float(replicas * n * FREQUENCIES)
+        return {"multiply-add": (2 * d + 2) * each, "exp2": 2 * each}
+    widths = [2 * len(f.weight) for f in characteristic.grid(reference.whiten(z)[0], reference.default_beta(n, d))]
+    each = float(replicas * n)
+    return {"multiply-add": 3 * each * math.prod(widths), "exp2": each * sum(widths)}

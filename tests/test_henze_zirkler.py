@@ -71,6 +71,23 @@ def test_against_all_pairs(n: int, d: int, kind: str, beta: float | None) -> Non
     assert abs(float(found.p_value) - lognormal.sf(expected)) <= 1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("beta", [1e-10, 1e-5, 25.0, 1e3, 1e6, 1e10])
+@pytest.mark.parametrize("method", ["exact", "quadrature"])
+def test_both_ends_of_beta(method: str, beta: float, dtype: torch.dtype) -> None:
+    """Where two points coincide they meet at any beta."""
+    z = points(60, 2, "skewed", dtype)
+    z = torch.cat((z, z[:7]))
+    leaf = z.clone().requires_grad_()
+    found = henze_zirkler_statistic(leaf, method=method, beta=beta)
+    (gradient,) = torch.autograd.grad(found, leaf)
+    wide = z.double().clone().requires_grad_()
+    (slope,) = torch.autograd.grad(henze_zirkler_statistic(wide, beta=beta, backend="reference"), wide)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    assert abs(float(found) - direct(z.double().numpy(), beta)) <= tolerance
+    assert float((gradient - slope).abs().max()) <= tolerance * float(slope.abs().max()) + 1e-9
+
+
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_null_moments_against_simulation(d: int) -> None:
     n, draws = 200, 400
@@ -294,6 +311,8 @@ print(level("VmHWM") - before)
         (lf.InputError, "beta must be positive", torch.eye(5), 0.0),
         (lf.InputError, "beta must be positive", torch.eye(5), -1.0),
         (lf.InputError, "beta must be positive", torch.eye(5), math.nan),
+        (lf.InputError, "beta must lie in 1e-10 .. 1e10, got 1e-11", torch.eye(5), 1e-11),
+        (lf.InputError, "beta must lie in 1e-10 .. 1e10, got 100000000000.0", torch.eye(5), 1e11),
         (TypeError, "z must be float32 or float64, got float16", torch.zeros(5, 2, dtype=torch.float16), None),
         (TypeError, "z must be float32 or float64, got int64", torch.zeros(5, 2, dtype=torch.int64), None),
         (TypeError, "z must be a torch.Tensor, got ndarray", np.zeros((5, 2)), None),

@@ -102,7 +102,8 @@ def test_in_float32_is_at_least_half_as_exact_as_torch(n: int, d: int) -> None:
 @pytest.mark.parametrize(
     ("method", "replicas", "n", "d"),
     [
-        ("exact", 9, 100, 2), ("exact", 2, 600, 3), ("exact", 1, 2500, 2), ("exact", 1, 2100, 9),
+        ("exact", 9, 100, 2), ("exact", 2, 600, 3), ("exact", 5, 520, 2), ("exact", 3, 2100, 2),
+        ("exact", 1, 2500, 2), ("exact", 1, 2100, 9),
         ("quadrature", 9, 100, 2), ("quadrature", 1, 2500, 2), ("quadrature", 1, 900, 3), ("quadrature", 2, 20000, 1),
         ("random", 9, 100, 2), ("random", 1, 5000, 3), ("random", 2, 3000, 8),
         ("sliced", 9, 100, 2), ("sliced", 1, 5000, 3), ("sliced", 2, 3000, 8),
@@ -163,6 +164,35 @@ def test_points_that_lie_far_apart_do_not_meet(dtype: torch.dtype) -> None:
     expected = 1 - 2 * (1 + 1e8) ** -0.5 * once + 40 * (1 + 2e8) ** -0.5
     torch.testing.assert_close(value.double(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=0)
     assert bool(slope.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("beta", [1e3, 3e6, 3e7, 1e10])
+def test_phases_longer_than_float32_can_tell(beta: float, dtype: torch.dtype) -> None:
+    """They are noise to float32, but the statistic is near 1 where no two points meet, whatever the noise."""
+    z = torch.randn(400, 2, dtype=dtype)
+    for backend in ("cpu", "reference"):
+        value, slope = whole(z, beta=beta, backend=backend, **options("random", 1024))
+        assert abs(float(value) - 1) < 0.2
+        assert 1e-3 * beta < float(slope.abs().max()) < 0.1 * beta
+
+
+def test_slices_with_phases_longer_than_float32_can_tell() -> None:
+    z = torch.tensor([-1.7, -0.2, 0.3, 2.0])[:, None]
+    found, slope = whole(z, beta=2e6, backend="cpu", method="sliced", num_slices=1)
+    exact, gradient = whole(z.double(), beta=2e6, backend="cpu")
+    assert abs(float(found) - float(exact)) < 1e-5
+    assert float((slope - gradient).abs().max()) < 1e-3
+
+
+def test_sizes_whose_work_space_overflows() -> None:
+    number = torch.zeros(8, dtype=torch.int64)
+    at, n, d = number.data_ptr(), 2**31, 2**27  # n d fits, the sums of d^2 over chunks do not
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(ValueError, match="henze_zirkler: a size"):
+            native._call("henze_zirkler", dtype, at, 1, n, d, 1.0, 1, 1, at, at)
+        with pytest.raises(ValueError, match="henze_zirkler_characteristic: a size"):
+            native._call("henze_zirkler_characteristic", dtype, at, at, 1, 1, 1, n, d, 1.0, 1, 1, at, at)
 
 
 def test_sizes_that_are_refused() -> None:

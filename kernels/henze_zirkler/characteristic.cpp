@@ -49,6 +49,7 @@ struct Axis {
     int64_t count;
     double beta, step;
     double node(int64_t k) const { return beta * (static_cast<double>(k) + 0.5) * step; }
+    double end() const { return node(count); }
     double weight(int64_t k) const {
         const double s = (static_cast<double>(k) + 0.5) * step;
         return 2 * step / std::sqrt(kTurn) * std::exp(-0.5 * s * s);
@@ -98,7 +99,7 @@ LIBI_INLINE double take_difference(double difference, double weight, T& by) {
 
 // Rows of a register at a time, of a block of 64: the slopes of waves of frequencies.
 template <class T>
-void pull_block(const T* y, int64_t stride, const T* turns, int64_t step, int64_t d, const T* by, Vector<T>* work,
+void pull_block(const T* y, int64_t stride, const T* turns, int64_t step, int64_t d, const T* by, T* work,
                 double* slope, int64_t slope_stride) {
     for (int64_t r = 0; r < kBlock; r += kWidth<T>)
         pull_waves(y + r, stride, turns, step, d, step, by, by + step, work, slope + r, slope_stride);
@@ -138,7 +139,7 @@ int by_random(const Problem<T>& p, const T* vectors, int64_t count, double* valu
     if (!p.gradient) return kOk;
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
     for (int64_t slot = 0; slot < threads; ++slot) {
-        Vector<T>* const work = reinterpret_cast<Vector<T>*>(works + slot * d * Wave<T>::lanes);
+        T* const work = works + slot * d * Wave<T>::lanes;
         for (int64_t b = slot * blocks / threads; b < (slot + 1) * blocks / threads; ++b)
             pull_block(p.y + b * kBlock, p.stride, turns, step, d, by, work, p.slope + b * kBlock, p.stride);
     }
@@ -212,7 +213,7 @@ int by_lines(const Problem<T>& p, const T* directions, int64_t count, double* va
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(helpers)) if (helpers > 1)
     for (int64_t slot = 0; slot < helpers; ++slot) {
         T* const x = works + slot * (Wave<T>::lanes + kBlock) + Wave<T>::lanes;
-        Vector<T>* const work = reinterpret_cast<Vector<T>*>(x - Wave<T>::lanes);
+        T* const work = x - Wave<T>::lanes;
         double* const pull = pulls + slot * kBlock;
         for (int64_t b = slot; b < blocks; b += helpers)
             for (int64_t line = 0; line < count; ++line) {
@@ -427,6 +428,49 @@ int by_grid(const Problem<T>& p, bool& too_large, double* value) {
     return kOk;
 }
 
+// The longest phase in turns that `random` or `sliced` may meet.
+template <class T>
+double longest_phase(const Problem<T>& p, const T* vectors, int64_t count, int method) {
+    double point = 0, square = 0;
+    for (int64_t k = 0; k < p.d; ++k) {
+        Extent extent;
+        extent.add(p.y + k * p.stride, p.n);
+        const double away = std::fmax(extent.high, -extent.low);
+        point += away * away;
+    }
+    if (method == kSliced) return std::sqrt(point) * make_axis<T>(0, 0, p.n, p.beta).end() / kTurn;
+    for (int64_t f = 0; f < count; ++f) {
+        double own = 0;
+        for (int64_t k = 0; k < p.d; ++k) {
+            const double t = static_cast<double>(vectors[f * p.d + k]);
+            own += t * t;
+        }
+        square = std::fmax(square, own);
+    }
+    return std::sqrt(point * square) / kTurn;
+}
+
+template <class T>
+int run_replica(const T* z, const T* vectors, int64_t count, int method, int64_t n, int64_t d, double beta, bool gradient,
+                int threads, T* value, T* slope);
+
+// One replica of floats in double, for phases that float cannot tell from any other.
+int in_double(const float* z, const float* vectors, int64_t count, int method, int64_t n, int64_t d, double beta,
+              bool gradient, int threads, float* value, float* slope) {
+    const Numbers<double> wide(2 * n * d + count * d);
+    if (!wide.first) return kOutOfMemory;
+    double *const points = wide.first, *const slopes = points + n * d, *const others = slopes + n * d;
+    for (int64_t k = 0; k < n * d; ++k) points[k] = static_cast<double>(z[k]);
+    for (int64_t k = 0; k < count * d; ++k) others[k] = static_cast<double>(vectors[k]);
+    double found = 0;
+    const int error = run_replica(points, others, count, method, n, d, beta, gradient, threads, &found, slopes);
+    if (error != kOk) return error;
+    *value = static_cast<float>(found);
+    if (gradient)
+        for (int64_t k = 0; k < n * d; ++k) slope[k] = static_cast<float>(slopes[k]);
+    return kOk;
+}
+
 template <class T>
 int run_replica(const T* z, const T* vectors, int64_t count, int method, int64_t n, int64_t d, double beta, bool gradient,
                 int threads, T* value, T* slope) {
@@ -444,6 +488,9 @@ int run_replica(const T* z, const T* vectors, int64_t count, int method, int64_t
     if (gradient)
         for (int64_t k = 0; k < d * stride; ++k) slopes[k] = 0;
     const Problem<T> p{points.first, n, d, stride, beta, threads, gradient, slopes};
+    if constexpr (sizeof(T) == sizeof(float))
+        if (method != kQuadrature && !(longest_phase(p, vectors, count, method) < Wave<T>::most))
+            return in_double(z, vectors, count, method, n, d, beta, gradient, threads, value, slope);
     double found = 0;
     bool too_large = false;
     const int error = method == kRandom   ? by_random(p, vectors, count, &found)
@@ -472,7 +519,7 @@ int forward(const T* z, const T* vectors, int64_t count, int method, int64_t rep
     if (method == kQuadrature ? d > 3 : count < 1) return kBadSize;
     constexpr int64_t most = int64_t{1} << 31;
     if (n > most || d > most || count > most || !fits(8, replicas, n, d + 1) || !fits(8, 16, n + 128, d + 1)) return kBadSize;
-    if (!fits(8, 64, d, d) || !fits(8, 16, count + 128, d + 1)) return kBadSize;
+    if (!fits(8, 64, d, d) || !fits(8, 16, count + 128, d + 1) || !Whitening<T>::fitting(n, d)) return kBadSize;
     const int threads = team(num_threads);
     const bool apart = replicas >= 2 * threads;  // replicas are shared out, else one after another has all threads
     const int64_t slots = apart ? threads : 1;

@@ -116,22 +116,30 @@ def extents(y: Tensor) -> list[Extent]:
     return [Extent(*pair) for pair in zip(between.tolist(), away.tolist(), strict=True)]
 
 
-def axis(extent: Extent, n: int, beta: float, like: Tensor) -> Factor:
+def nodes(extent: Extent, n: int, beta: float, dtype: torch.dtype) -> int:
     """Nodes +-(k + 1/2) h for N(0, beta^2) on one coordinate, h in units of beta.
 
     The midpoint rule errs by the integrand's Fourier transform at 2 pi / h, and by the tail that is cut. The transform of
     |phi_n|^2 is a Gaussian of width 1 around beta times each distance of two points, that of phi_n exp(-t^2/2) has the width
     sqrt(1 + beta^2) around beta times each point, and that of exp(-t^2) the width sqrt(1 + 2 beta^2) around 0.
     """
-    margin = math.sqrt(2 * math.log(n / TOLERANCE[like.dtype]))
+    margin = margin_of(n, dtype)
     bandwidth = max(
         beta * extent.between + margin,
         beta * extent.away + margin * math.sqrt(1 + beta**2),
         margin * math.sqrt(1 + 2 * beta**2),
     )
     count = math.ceil(margin * bandwidth / (2 * math.pi))
-    count += -count % 8  # few sizes, and whole vectors
-    step = margin / count
+    return count + -count % 8  # few sizes, and whole vectors
+
+
+def margin_of(n: int, dtype: torch.dtype) -> float:
+    return math.sqrt(2 * math.log(n / TOLERANCE[dtype]))
+
+
+def axis(extent: Extent, n: int, beta: float, like: Tensor) -> Factor:
+    count = nodes(extent, n, beta, like.dtype)
+    step = margin_of(n, like.dtype) / count
     s = (torch.arange(count, dtype=torch.float64) + 0.5) * step
     weight = 2 * step / math.sqrt(2 * math.pi) * (-0.5 * s.square()).exp()
     return Factor((beta * s)[:, None].to(like), weight.to(like))
@@ -211,9 +219,9 @@ def forward(
     elif method == "sliced":
         factors = lines(y, vectors, beta)
     else:
-        factors = grid(y, beta)
-        if math.prod(2 * len(f.weight) for f in factors) > LARGEST_GRID:
+        if math.prod(2 * nodes(e, n, beta, y.dtype) for e in extents(y)) > LARGEST_GRID:
             return reference.forward(z, beta, gradient)
+        factors = grid(y, beta)
     value, slope = statistic(y, factors, gradient, n, reduce)
     value = torch.where(singular, torch.full_like(value, 4 * n), value)
     if slope is None:

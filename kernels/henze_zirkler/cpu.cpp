@@ -5,8 +5,9 @@
 //   HZ = sum_i K_i / n - 2 (1+b^2)^{-d/2} sum_i e_i + n (1+2b^2)^{-d/2}
 //   slope in y_i = -2 b^2/n (K_i y_i - S_i) + 2 b^2 (1+b^2)^{-d/2-1} e_i y_i
 //
-// Fewer than 512 points are one part: replicas are shared out among the threads. More are 4 or 16 parts, one replica after
-// another. Few pairs are done before a second thread has woken, and get none.
+// Fewer than 512 points are one part, more are 4 or 16. Replicas are shared out among the threads where there are enough, or
+// but one part; else one comes after another, and its parts are shared out. A replica's only thread adds each part to the sums
+// before it takes the next. Few pairs are done before a second thread has woken, and get none.
 #include <atomic>
 #include <cmath>
 
@@ -37,12 +38,13 @@ void take_singles(const Points<T>& points, int64_t i, double b2, T* e) {
     }
 }
 
-// All that one replica needs, of one thread or, where `parts` > 1, of all of them.
+// All that one replica needs, of one thread or of all of them.
 template <class T>
 struct Room {
     Room(int64_t n, int64_t d, bool gradient, int64_t parts, int64_t threads)
         : parts(parts),
-          threads(parts > 1 ? threads : 1),
+          threads(threads),
+          apart(threads > 1 ? parts : least(parts, 2)),
           strips((n + Type<T>::lanes - 1) / Type<T>::lanes),
           // A block of 64 may be read whole; coordinates a multiple of 4096 bytes apart would share a set of the L1 cache.
           stride((n + kBlock - 1) / kBlock * kBlock + 16),
@@ -50,7 +52,7 @@ struct Room {
           size_columns(gradient ? (d + 1) * (tile_strips<T>(d) + 1) * Type<T>::lanes : 0),
           size_kernel(gradient ? kRows * (tile_strips<T>(d) + 1) * Type<T>::lanes : 0),
           numbers(d * stride + this->threads * (size_columns + size_kernel)),
-          totals(parts * size_totals + Whitening<T>::size(n, d, this->threads)) {}
+          totals(apart * size_totals + Whitening<T>::size(n, d, this->threads)) {}
 
     explicit operator bool() const { return numbers.first != nullptr && totals.first != nullptr; }
     Sums<T> sums(int64_t part, int64_t slot, int64_t d) const {
@@ -58,7 +60,8 @@ struct Room {
         return {totals.first + part * size_totals, at, at + size_columns};
     }
 
-    int64_t parts, threads, strips, stride, size_totals, size_columns, size_kernel;
+    int64_t parts, threads, apart;  // `apart`: parts whose sums are kept at a time
+    int64_t strips, stride, size_totals, size_columns, size_kernel;
     Numbers<T> numbers;
     Numbers<double> totals;
 };
@@ -68,7 +71,7 @@ void run_replica(const T* z, int64_t n, int64_t d, double beta, bool gradient, c
     const double scale = beta * 0.84932180028801904272, b2 = beta * beta;  // sqrt(log2(e) / 2)
     const int64_t stride = room.stride, components = gradient ? d + 1 : 1;
     double* const totals = room.totals.first;
-    const Whitening<T> whitening(z, n, d, room.threads, totals + room.parts * room.size_totals);
+    const Whitening<T> whitening(z, n, d, room.threads, totals + room.apart * room.size_totals);
     const Kind kind = whitening.prepare();
     if (kind != Kind::kRegular) return write_irregular(kind, n, d, gradient, value, slope);
     T* const u = room.numbers.first;
@@ -82,18 +85,22 @@ void run_replica(const T* z, int64_t n, int64_t d, double beta, bool gradient, c
         const Sums<T> sums = room.sums(0, slot, d);
         for (int64_t k = 0; k < room.size_columns; ++k) sums.columns[k] = 0;
     };
-    if (room.parts == 1) {
+    if (room.threads == 1) {
         clear(0);
-        run(points, 0, 1, room.sums(0, 0, d));
+        for (int64_t p = 0; p < room.parts; ++p) {
+            run(points, p, room.parts, room.sums(p > 0, 0, d));
+            for (int64_t c = 0; p > 0 && c < components; ++c)
+                for (int64_t i = c * stride; i < c * stride + n; ++i) totals[i] += totals[room.size_totals + i];
+        }
     } else {
         std::atomic<int64_t> next{0};
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(room.threads)) if (room.threads > 1)
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(room.threads))
         for (int64_t slot = 0; slot < room.threads; ++slot) {
             clear(slot);
             for (int64_t p = next++; p < room.parts; p = next++) run(points, p, room.parts, room.sums(p, slot, d));
         }
         const int64_t pieces = (n + kTogether - 1) / kTogether;
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(room.threads)) if (room.threads > 1)
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(room.threads))
         for (int64_t piece = 0; piece < pieces; ++piece)
             for (int64_t c = 0; c < components; ++c) {
                 double* const to = totals + c * stride;
@@ -142,11 +149,14 @@ int forward(const T* z, int64_t replicas, int64_t n, int64_t d, double beta, int
     constexpr int64_t most = int64_t{1} << 31;  // so that n^2 fits
     if (replicas < 0 || n < 1 || d < 1 || n > most || d > most) return kBadSize;
     if (!fits(8, replicas, n, d + 1) || !fits(8, 16, n + 128, d + 1) || !fits(8, 64, d, d)) return kBadSize;
+    if (!Whitening<T>::fitting(n, d)) return kBadSize;
     if (replicas == 0) return kOk;
     const int64_t parts = n < 512 ? 1 : n < 2048 ? 4 : 16;
     const bool shared = n * n / 2 >= (kWorthThreads + replicas - 1) / replicas;
-    const int64_t threads = shared ? least(team(num_threads), parts > 1 ? parts : replicas) : 1;
-    const int64_t slots = parts > 1 ? 1 : threads;
+    const int64_t most_threads = shared ? team(num_threads) : 1;
+    const bool apart = parts == 1 || replicas >= most_threads;
+    const int64_t slots = apart ? least(most_threads, replicas) : 1;
+    const int64_t threads = apart ? 1 : least(most_threads, parts);  // of a replica
     std::atomic<int64_t> next{0};
     std::atomic<int> error{kOk};
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(slots)) if (slots > 1)

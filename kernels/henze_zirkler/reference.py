@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 PAIR_BUDGET = 2**20  # pairs held at a time, over all replicas
+FAR = 20.0  # beta from which rounding of |y_i - y_j|^2 by products would be felt
 
 
 def default_beta(n: int, d: int) -> float:
@@ -88,7 +89,12 @@ def pair_sums(y: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor | 
     step = max(1, PAIR_BUDGET // max(1, replicas * n))
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        kernel = (left[:, rows] @ right).exp_()
+        if beta < FAR:
+            kernel = (left[:, rows] @ right).exp_()
+        else:
+            columns = (beta * y).unbind(-1)
+            between = sum(((c[:, rows, None] - c[:, None]).square() for c in columns), y.new_zeros(()))
+            kernel = between.mul_(-0.5).exp_()
         if sums is None:
             pairs += kernel.sum((-2, -1))
         else:

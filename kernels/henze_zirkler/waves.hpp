@@ -2,7 +2,8 @@
 //
 // Frequencies come in turns, t / 2 pi: r = p - round(2 p) / 2 is then exact for a phase p = t.y / 2 pi, and with
 // |r| <= 1/4,  cos(2 pi p) = +-C(r^2),  sin(2 pi p) = +-r S(r^2),  both with the sign of the half turns. C and S are
-// minimax polynomials: absolute errors 2e-10 and 7e-9 before rounding in float, below 1e-17 in double.
+// minimax polynomials: absolute errors 2e-10 and 7e-9 before rounding in float, below 1e-17 in double. |p| must stay below
+// Wave::most turns, where the rounding of 2 p ends; float's points meet longer phases in double (characteristic.cpp).
 //
 // In the sums a lane is a frequency, in the way back a row: no sum runs across lanes, so every width of register and every
 // number of threads gives the same bits. 256 rows (frequencies) are summed in the type of y, then in double.
@@ -23,6 +24,7 @@ struct Wave<float> {
     typedef uint32_t Bits LIBI_REGISTER;
     static constexpr int64_t lanes = 16;  // frequencies and rows are filled up to whole ones, whatever the register
     static constexpr float round = 12582912.0f;  // 1.5 * 2^23
+    static constexpr double most = 2097152;      // 2^21
     static constexpr int sign = 31;
     static constexpr float sine[] = {6.2831852801544065f, -41.341680613346515f, 81.602476368925180f, -76.581172644278724f,
                                      39.759827085319101f};
@@ -34,6 +36,7 @@ struct Wave<double> {
     typedef uint64_t Bits LIBI_REGISTER;
     static constexpr int64_t lanes = 8;
     static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr double most = 1125899906842624;     // 2^50
     static constexpr int sign = 63;
     static constexpr double sine[] = {6.2831853071795864756, -41.341702240399756862, 81.605249276073615183,
                                       -76.705859752824919209, 42.05869392542868225,  -15.094641676117900093,
@@ -119,14 +122,14 @@ void add_waves(const T* y, int64_t stride, int64_t rows, const T* turns, int64_t
 }
 
 // sum_f t_f (by_sine_f cos - by_cosine_f sin) for as many rows as a register holds, t in turns, added to
-// slope [d][slope_stride]. `frequencies` is a multiple of kGroup; work holds d registers.
+// slope [d][slope_stride]. `frequencies` is a multiple of kGroup; work holds what d registers do.
 template <class T>
 void pull_waves(const T* y, int64_t stride, const T* turns, int64_t step, int64_t d, int64_t frequencies,
-                const T* by_cosine, const T* by_sine, Vector<T>* work, double* slope, int64_t slope_stride) {
+                const T* by_cosine, const T* by_sine, T* work, double* slope, int64_t slope_stride) {
     using V = Vector<T>;
     for (int64_t first = 0; first < frequencies; first += kInType) {
         const int64_t end = first + kInType < frequencies ? first + kInType : frequencies;
-        for (int64_t k = 0; k < d; ++k) work[k] = V{};
+        for (int64_t k = 0; k < d; ++k) store<T>(work + k * kWidth<T>, V{});
         for (int64_t f = first; f < end; f += kGroup) {
             V phase[kGroup], cosine[kGroup], sine[kGroup];
             for (V& one : phase) one = V{};
@@ -142,15 +145,14 @@ void pull_waves(const T* y, int64_t stride, const T* turns, int64_t step, int64_
             }
             for (int64_t k = 0; k < d; ++k) {
                 const T* const t = turns + k * step + f;
-                V even = work[k], odd = pull[1] * all<T>(t[1]);
+                V even = load<T>(work + k * kWidth<T>), odd = pull[1] * all<T>(t[1]);
                 for (int b = 0; b < kGroup; b += 2) even = multiply_add(pull[b], all<T>(t[b]), even);
                 for (int b = 3; b < kGroup; b += 2) odd = multiply_add(pull[b], all<T>(t[b]), odd);
-                work[k] = even + odd;
+                store<T>(work + k * kWidth<T>, even + odd);
             }
         }
         for (int64_t k = 0; k < d; ++k) {
-            T lane[kWidth<T>];
-            store<T>(lane, work[k]);
+            const T* const lane = work + k * kWidth<T>;
             for (int64_t l = 0; l < kWidth<T>; ++l) slope[k * slope_stride + l] += static_cast<double>(lane[l]);
         }
     }

@@ -22,6 +22,7 @@
 #include <new>
 
 #include "../elementary.hpp"
+#include "../sizes.hpp"
 
 namespace libi {
 namespace LIBI_ISA {
@@ -133,6 +134,8 @@ struct Whitening {
     static int64_t size(int64_t n, int64_t d, int64_t threads) {
         return size_matrices(d) + chunks_of(n) * (d + d * d) + threads * 3 * d * kBlock;
     }
+
+    static bool fitting(int64_t n, int64_t d) { return fits(8, 4, chunks_of(n) + 4, d, d + 1); }  // all but the blocks
 
     Whitening(const T* z, int64_t n, int64_t d, int64_t threads, double* space)
         : z(z), n(n), d(d), threads(n * d < kWorthChunks ? 1 : least(threads, chunks_of(n))) {

@@ -138,8 +138,8 @@ def _setting(
         raise InputError(f"z must hold at least 2 points of at least 1 dimension, got shape {tuple(z.shape)}")
     if beta is not None:
         lib.check_positive("beta", beta)
-        if not 1e-30 <= beta <= 1e30:  # so that its powers are numbers
-            raise InputError(f"beta must lie in 1e-30 .. 1e30, got {beta}")
+        if not 1e-10 <= beta <= 1e10:  # so that its powers and its points' phases are numbers
+            raise InputError(f"beta must lie in 1e-10 .. 1e10, got {beta}")
     value = reference.default_beta(n, 1 if method == "sliced" else d) if beta is None else float(beta)
     if method == "exact":
         return _Setting(method, value, None, n)
@@ -249,8 +249,8 @@ def henze_zirkler(
         accounted for (work of num_frequencies^2 or num_slices^2).
 
     Raises:
-        InputError: fewer than 2 points, NaN or infinity (the row is named), beta <= 0, an unknown method, counts below 1,
-            ``quadrature`` with d > 3, ``reduce`` with another method than ``random``, a CUDA graph's capture of
+        InputError: fewer than 2 points, NaN or infinity (the row is named), beta outside 1e-10 .. 1e10, an unknown method,
+            counts below 1, ``quadrature`` with d > 3, ``reduce`` with another method than ``random``, a CUDA graph's capture of
             ``quadrature`` or ``sliced``, whose nodes depend on the data.
         TypeError: not a float tensor, counts that are not integers, a ``reduce`` that is no function.
 
