@@ -57,21 +57,28 @@ def check(p: Problem) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "p",
+    ("widths", "activation", "likelihood", "rows"),
     [
-        problem([2, 50, 2], rows=100, num_samples=128, diagonal=False),
-        problem([2, 50, 2], "gelu", "bernoulli", rows=100, num_samples=128),
-        problem([10, 60, 200], "tanh", "bernoulli", rows=30, num_samples=64),
-        problem([10, 60, 200], "silu", "gaussian", rows=30, num_samples=64),
+        ([2, 50, 2], "tanh", "gaussian", 100),
+        ([2, 50, 2], "gelu", "bernoulli", 100),
+        ([10, 60, 200], "tanh", "bernoulli", 30),
+        ([10, 60, 200], "silu", "gaussian", 30),
     ],
-    ids=["narrow gaussian", "narrow bernoulli", "wide bernoulli", "wide gaussian"],
 )
-def test_float32_errs_at_most_twice_as_much_as_torch(p: Problem) -> None:
-    """Root mean square errors against float64."""
-    found, truth, rounded = native(p, F32), exact(p), exact(p, F32)
-    for name, value in truth.items():
-        if value.numel() > 10:  # of fewer, luck decides
-            ours, torchs = (float((r[name].double() - value).square().mean().sqrt()) for r in (found, rounded))
+def test_float32_errs_at_most_twice_as_much_as_torch(widths: list[int], activation: str, likelihood: str, rows: int) -> None:
+    """Root mean square errors against float64, over four problems."""
+    squares: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        p = problem(widths, activation, likelihood, rows=rows, num_samples=128, diagonal=False)
+        found, truth, rounded = native(p, F32), exact(p), exact(p, F32)
+        for name, value in truth.items():
+            if value.numel():
+                both = [float((r[name].double() - value).square().mean() / value.square().mean()) for r in (found, rounded)]
+                squares.setdefault(name, []).append((both[0], both[1]))
+    for name, pairs in squares.items():
+        if truth[name].numel() > 10:  # of fewer numbers, luck decides
+            ours, torchs = (math.sqrt(sum(s)) for s in zip(*pairs, strict=True))
             assert ours <= 2 * torchs, f"{name}: {ours:.1e}, torch's {torchs:.1e}"
 
 
@@ -281,7 +288,7 @@ def test_rows_of_no_weight_and_nan() -> None:
 @pytest.mark.parametrize("far", [1e20, 1e30])
 def test_a_row_of_no_weight_and_finite_slopes_has_no_gradient(far: float, kind: str) -> None:
     """So far away that squares overflow float32, but no slope: zeros for the row, and for others what they have without it."""
-    p = problem([2, 6, 3], rows=5, num_samples=80, kind=kind, wanted=(True, False))
+    p = problem([2, 6, 3], rows=5, num_samples=80, kind=kind, wanted=(True, False, True))
     x = p.x.clone()
     x[0, 1] = far
     p, without = p._replace(x=x), p.grad.clone()

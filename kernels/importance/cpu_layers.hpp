@@ -8,7 +8,8 @@
 //             weights come packed, [block][k][m], one broadcast for each. Every sum runs over k in order with fused
 //             multiply-adds, so no block, panel or register width moves a bit of it.
 //   outer     c[m, k] += sum_s delta[m, s] h[k, s]. Wide layers: h is turned, [two registers of k][s][k], and c packed
-//             likewise; sums run over s in order. Narrow ones: c has a number for each of the 64 / size lanes of a strip.
+//             likewise; sums run over s in order. Narrow ones: c has a number for each of the 64 / size lanes of a strip. A tile
+//             is summed by itself before it joins c: roundings are of the tile's size, not of c's.
 #pragma once
 
 #include <utility>
@@ -254,9 +255,7 @@ void outer_lanes_block(const T* delta, int64_t delta_stride, const T* h, int64_t
                        int64_t inputs) {
     using V = Vector<T>;
     for (int64_t lane = 0; lane < kStrip<T>; lane += kWidth<T>) {
-        V sum[m][k];
-        for (int i = 0; i < m; ++i)
-            for (int j = 0; j < k; ++j) sum[i][j] = load<T>(c + (i * inputs + j) * kStrip<T> + lane);
+        V sum[m][k] = {};
         for (int64_t s = lane; s < samples; s += kStrip<T>) {
             const int64_t panel = s / kPanel<T>, at = s % kPanel<T>;
             V x[k];
@@ -267,7 +266,10 @@ void outer_lanes_block(const T* delta, int64_t delta_stride, const T* h, int64_t
             }
         }
         for (int i = 0; i < m; ++i)
-            for (int j = 0; j < k; ++j) store<T>(c + (i * inputs + j) * kStrip<T> + lane, sum[i][j]);
+            for (int j = 0; j < k; ++j) {
+                T* const to = c + (i * inputs + j) * kStrip<T> + lane;
+                store<T>(to, load<T>(to) + sum[i][j]);
+            }
     }
 }
 
@@ -312,7 +314,7 @@ void outer_block(const T* delta, int64_t delta_stride, const T* turned, int64_t 
     V sum[m][2];
 #pragma GCC unroll 16
     for (int i = 0; i < m; ++i)
-        for (int v = 0; v < 2; ++v) sum[i][v] = fresh ? V{} : load<T>(c + i * kPanel<T> + v * kWidth<T>);
+        for (int v = 0; v < 2; ++v) sum[i][v] = V{};
     for (int64_t first = 0; first < samples; first += kPanel<T>) {
         const T* const d = delta + first / kPanel<T> * delta_stride;
         const int64_t count = smaller(kPanel<T>, samples - first);
@@ -329,7 +331,10 @@ void outer_block(const T* delta, int64_t delta_stride, const T* turned, int64_t 
     }
 #pragma GCC unroll 16
     for (int i = 0; i < m; ++i)
-        for (int v = 0; v < 2; ++v) store<T>(c + i * kPanel<T> + v * kWidth<T>, sum[i][v]);
+        for (int v = 0; v < 2; ++v) {
+            T* const to = c + i * kPanel<T> + v * kWidth<T>;
+            store<T>(to, fresh ? sum[i][v] : load<T>(to) + sum[i][v]);
+        }
 }
 
 template <class T, int... m>
