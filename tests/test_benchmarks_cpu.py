@@ -212,25 +212,6 @@ def test_all_speeds_by_default(monkeypatch, tmp_path):
     assert asked == ["W1", "W2", "W3", "W4a", "W4b", "W5", "W6"]
 
 
-def test_the_benchmark_of_henze_zirkler_is_taken_as_it_is(monkeypatch, tmp_path):
-    part = {
-        "times": {"libi_fast": {"best ms": 1.0, "median ms": 1.5}, "torch eager, 5": {"best ms": 3.0, "median ms": 3.5}},
-        "errors": {"libi_fast": 1e-6, "torch eager, 5": 1e-5}, "refused": {"JAX": "wrong"}, "anything": [1],
-    }  # fmt: skip
-    monkeypatch.setattr(cpu.henze_zirkler, "run", lambda: {"W5a": {"4000 x 2": part}, "8 x 2": part, "note": "text"})
-    assert entry.main(["henze_zirkler", "--out", str(tmp_path)]) == 0
-    measured = json.loads((tmp_path / "W5.json").read_text())["results"]
-    assert list(measured) == ["W5 W5a 4000 x 2", "W5 8 x 2"]
-    for found in measured.values():
-        assert found["ratio"] == 3 and found["peer"] == "torch eager, 5" and found["forms"]["JAX"]["refused"] == "wrong"
-
-    def wrong():
-        raise RuntimeError("libi_fast is wrong by 1: no speed is quoted for a wrong answer")
-
-    monkeypatch.setattr(cpu.henze_zirkler, "run", wrong)
-    assert entry.main(["W5", "--out", str(tmp_path)]) == 1
-
-
 def test_sweep(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert entry.main(["--sweep", "--quick", "--peers", *EAGER, "--out", str(tmp_path)]) == 0
