@@ -622,7 +622,7 @@ def test_committed_results_meet_the_targets():
     assert read("digits")["LiBI"]["above FactorAnalysis(8)"] >= 10
     knn = {
         name: found["k = 10, alpha = 1"]
-        for name, found in read("smooth_knn").items()
+        for name, found in read("smooth_knn_of_models").items()
         if isinstance(found, dict) and "k = 10, alpha = 1" in found
     }
     assert knn["VAE"]["mean"] == pytest.approx(1.67, abs=0.12) and abs(knn["two samples of p(x)"]) < 0.02
