@@ -68,14 +68,6 @@ struct Largest {
     }
 };
 
-// Adds the numbers of a strip in a fixed tree.
-template <class T>
-double add_strip(T* lane) {
-    for (int64_t half = kStrip<T> / 2; half > 0; half /= 2)
-        for (int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
-    return static_cast<double>(lane[0]);
-}
-
 // A whole tile's log-weights, of one row, join its sums. NaN passes over the maximum, and makes the sums NaN.
 template <class T>
 void merge_tile(const T* log_weights, Sums<T>& sums) {
@@ -98,7 +90,8 @@ void merge_tile(const T* log_weights, Sums<T>& sums) {
         }
         store<T>(first + lane, one), store<T>(second + lane, two);
     }
-    sums.first += add_strip(first), sums.second += add_strip(second);
+    sums.first += static_cast<double>(add_strip(first));
+    sums.second += static_cast<double>(add_strip(second));
 }
 
 // Likewise the samples of a row in lanes begin .. end - 1, moved to the front so that their place moves no bit.

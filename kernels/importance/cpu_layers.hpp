@@ -31,6 +31,14 @@ constexpr int64_t kStrip = 64 / static_cast<int64_t>(sizeof(T));
 LIBI_INLINE int64_t smaller(int64_t a, int64_t b) { return b < a ? b : a; }
 LIBI_INLINE int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// Adds the numbers of a strip in a fixed tree, in place.
+template <class T>
+T add_strip(T* lane) {
+    for (int64_t half = kStrip<T> / 2; half > 0; half /= 2)
+        for (int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
+    return lane[0];
+}
+
 // --- products ---
 
 // [block][k][m] of a matrix given by at(m, k).
@@ -244,9 +252,7 @@ struct Outer {
         const T* const at = c + (m * inputs + k) * kStrip<T>;
         T sum[kStrip<T>];
         for (int64_t l = 0; l < kStrip<T>; ++l) sum[l] = at[l];
-        for (int64_t half = kStrip<T> / 2; half > 0; half /= 2)
-            for (int64_t l = 0; l < half; ++l) sum[l] += sum[l + half];
-        return sum[0];
+        return add_strip(sum);
     }
 };
 
