@@ -20,7 +20,10 @@ from typing import Any
 import torch  # also first for its OpenMP runtime, which the library then shares
 from torch import Tensor
 
+from libi_fast.kernels.importance.reference import ACTIVATIONS, GRADIENTS
+
 _ABI_VERSION = 3
+_ACTIVATIONS = list(ACTIVATIONS)  # numbered as in kernels/importance/cpu_layers.hpp; GRADIENTS as in cpu_backward.cpp
 _MASK = 2**64 - 1
 _ERRORS = {
     1: "a size is negative, zero where it must not be, or too large",
@@ -36,20 +39,7 @@ _SIGNATURES = {
     "log_mean_exp": [_Pointer, _Int64, _Int64, _Int, _Pointer],
     "log_mean_exp_backward": [_Pointer, _Pointer, _Pointer, _Int64, _Int64, _Int, _Pointer],
     "henze_zirkler": [_Pointer, _Int64, _Int64, _Int64, _Double, _Int, _Int, _Pointer, _Pointer],
-    "henze_zirkler_characteristic": [
-        _Pointer,
-        _Pointer,
-        _Int64,
-        _Int,
-        _Int64,
-        _Int64,
-        _Int64,
-        _Double,
-        _Int,
-        _Int,
-        _Pointer,
-        _Pointer,
-    ],
+    "henze_zirkler_characteristic": [*[_Pointer] * 2, _Int64, _Int, *[_Int64] * 3, _Double, _Int, _Int, *[_Pointer] * 2],
     "smooth_knn": [_Pointer, *[_Int64] * 5, _Pointer, _Int64, _Int, _Pointer],
 }
 
@@ -260,11 +250,6 @@ def smooth_knn(z: Tensor, n1: int, k: int, alphas: Sequence[float]) -> Tensor:
     return out
 
 
-# In the order of kernels/importance/cpu_layers.hpp and cpu_backward.cpp.
-_ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "softplus", "silu", "gelu", "cube", "leaky_relu", "elu")
-_GRADIENTS = ("reparameterized", "sticking-the-landing", "doubly-reparameterized")
-
-
 class _ImportanceCall:
     """The arguments of an importance kernel, with the tensors and arrays that its pointers point into kept alive."""
 
@@ -369,7 +354,7 @@ def importance_backward(
     call = _ImportanceCall(x, mean, log_scale, decoder, draws, num_samples, 0)
     call._expect("grad", grad, (replicas, rows))
     call._expect("log_likelihood", log_likelihood, (replicas, rows))
-    call._struct.kind = _GRADIENTS.index(kind)
+    call._struct.kind = GRADIENTS.index(kind)
     call.run(
         "importance_backward", grad=grad, log_likelihood=log_likelihood, to_x=to_x if want_x else None,
         to_variance=to_variance if want_variance else None, to_mean=to_mean, to_log_scale=to_log_scale,
