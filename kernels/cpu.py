@@ -20,9 +20,11 @@ from typing import Any
 import torch  # also first for its OpenMP runtime, which the library then shares
 from torch import Tensor
 
-from libi_fast.kernels.importance.reference import ACTIVATIONS, GRADIENTS
+from libi_fast.kernels.chains.reference import METHODS, Noise, Result
+from libi_fast.kernels.chains.reference import Settings as ChainSettings
+from libi_fast.kernels.importance.reference import ACTIVATIONS, GRADIENTS, Draws
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _ACTIVATIONS = list(ACTIVATIONS)  # numbered as in kernels/importance/cpu_layers.hpp; GRADIENTS as in cpu_backward.cpp
 _MASK = 2**64 - 1
 _ERRORS = {
@@ -60,7 +62,29 @@ class _Importance(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Resampling(ctypes.Structure):
+    """``Resampling`` of entry_points.hpp."""
+
+    _fields_ = [
+        ("on", _Importance), ("draws", _Int64), ("stream", _Int64),
+        *((name, _Pointer) for name in ("mean", "covariance", "z", "log_density")),
+    ]  # fmt: skip
+
+
+class _Chains(ctypes.Structure):
+    """``Chains`` of entry_points.hpp."""
+
+    _fields_ = [
+        ("on", _Importance),
+        *((name, _Int64) for name in ("method", "transitions", "leapfrogs", "thinning", "first_transition")),
+        *((name, _Int64) for name in ("momentum_stream", "acceptance_stream")),
+        ("jitter", _Double), ("target", _Double),
+        *((name, _Pointer) for name in ("z", "step", "draws", "log_density", "step_out", "acceptance", "divergences")),
+    ]  # fmt: skip
+
+
 _SIGNATURES |= {name: [ctypes.POINTER(_Importance)] for name in ("importance", "importance_backward")}
+_SIGNATURES |= {"resampling": [ctypes.POINTER(_Resampling)], "chains": [ctypes.POINTER(_Chains)]}
 _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64", torch.int64: ""}
 
 
@@ -253,15 +277,19 @@ def smooth_knn(z: Tensor, n1: int, k: int, alphas: Sequence[float]) -> Tensor:
 class _ImportanceCall:
     """The arguments of an importance kernel, with the tensors and arrays that its pointers point into kept alive."""
 
-    def __init__(self, x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any, draws: Any, num_samples: int, tail: int):
-        self.dtype = mean.dtype
-        replicas, rows, latents = mean.shape
+    def __init__(
+        self, x: Tensor, mean: Tensor | None, log_scale: Tensor, decoder: Any, draws: Draws, num_samples: int, tail: int
+    ):  # fmt: skip
+        like = log_scale if mean is None else mean
+        self.dtype = like.dtype
+        replicas, rows, latents = like.shape
         layers = len(decoder.weights)
         self._kept: list[Any] = []
         # Kernels read as far as these shapes say. Where replicas share a tensor its first size is 1.
         per_row = (replicas, rows)
         self._expect("x", x, (replicas, rows, decoder.widths[-1]), True)
-        self._expect("mean", mean, (*per_row, latents))
+        if mean is not None:
+            self._expect("mean", mean, (*per_row, latents))
         self._expect("log_scale", log_scale, (*per_row, latents))
         for i, (weight, bias, out, into) in enumerate(
             zip(decoder.weights, decoder.biases, decoder.widths[1:], [latents, *decoder.widths[1:]], strict=False)
@@ -361,3 +389,44 @@ def importance_backward(
         to_weights=to_weights if want_parameters else None, to_biases=to_biases,
     )  # fmt: skip
     return to_x, to_mean, to_log_scale, to_weights, to_biases, to_variance
+
+
+def resampling(
+    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any, draws: Draws, num_samples: int, tail: int, count: int, stream: int
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As ``kernels.importance.reference.forward_and_resample``, with ``count`` uniform numbers of ``stream``."""
+    shape, latents = mean.shape[:2], mean.shape[2]
+    estimate = mean.new_empty(shape), mean.new_empty(shape), mean.new_empty((*shape, tail))
+    resampled = (
+        mean.new_empty((*shape, latents)), mean.new_empty((*shape, latents, latents)),
+        mean.new_empty((*shape, count, latents)), mean.new_empty((*shape, count)),
+    )  # fmt: skip
+    call = _ImportanceCall(x, mean, log_scale, decoder, draws, num_samples, tail)
+    for field, tensor in zip(("log_likelihood", "effective", "top"), estimate, strict=True):
+        setattr(call._struct, field, tensor.data_ptr())
+    struct = _Resampling(call._struct, count, stream, *(t.data_ptr() for t in resampled))
+    _call("resampling", mean.dtype, ctypes.byref(struct))
+    return *estimate, *resampled
+
+
+def chains(
+    x: Tensor, z: Tensor, step: Tensor, log_scale: Tensor, decoder: Any, noise: Noise, settings: ChainSettings
+) -> Result:  # fmt: skip
+    """As ``kernels.chains.reference.run`` on its ``log_joint``."""
+    replicas, rows, chains, latents = z.shape
+    draws = Draws(noise.seed, noise.replicas, settings.first_row, 0, noise.streams[0], noise.normal)
+    call = _ImportanceCall(x, None, log_scale, decoder, draws, chains, 0)
+    call._expect("z", z, (replicas, rows, chains, decoder.widths[0]))
+    call._expect("step", step, (replicas, rows, chains))
+    shape = (replicas, rows, chains)
+    result = Result(
+        z.new_empty((*shape, settings.kept, latents)), z.new_empty((*shape, settings.kept)), step.new_empty(shape),
+        step.new_empty(shape), torch.empty(shape, dtype=torch.int64),
+    )  # fmt: skip
+    struct = _Chains(
+        call._struct, METHODS.index(settings.method), settings.transitions, settings.leapfrogs, settings.thinning,
+        settings.first_transition, *noise.streams, settings.jitter, settings.target, call._tensor(z), call._tensor(step),
+        *(t.data_ptr() for t in result),
+    )  # fmt: skip
+    _call("chains", z.dtype, ctypes.byref(struct))
+    return result

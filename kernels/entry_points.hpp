@@ -46,6 +46,28 @@ struct Importance {
     void* const* to_biases;                  // [layers] of [replicas, out], also where a layer has no bias
 };
 
+// The arguments of the resampling kernels.
+struct Resampling {
+    Importance on;                           // with its results
+    int64_t draws, stream;                   // of each row; of their uniform numbers
+    void *mean, *covariance;                 // [replicas, rows, latents], [replicas, rows, latents, latents]
+    void *z, *log_density;                   // [replicas, rows, draws, latents], [replicas, rows, draws]
+};
+
+// The arguments of the chain kernels.
+struct Chains {
+    Importance on;                           // data, decoder and counters; samples: chains; log_scale: of the steps
+    int64_t method;                          // hmc, mala, random-walk
+    int64_t transitions, leapfrogs, thinning, first_transition;
+    int64_t momentum_stream, acceptance_stream;
+    double jitter, target;                   // target: acceptance rate to adapt to, or 0
+    const void *z, *step;                    // [replicas, rows, chains, latents], [replicas, rows, chains]
+    // results: kept = transitions / thinning
+    void *draws, *log_density;               // [replicas, rows, chains, kept, latents], [replicas, rows, chains, kept]
+    void *step_out, *acceptance;             // [replicas, rows, chains]
+    int64_t* divergences;                    // likewise
+};
+
 }  // namespace libi
 
 #define LIBI_ENTRY_POINTS(X)                                                                                          \
@@ -93,7 +115,11 @@ struct Importance {
     X(importance_f32, (const Importance *call), (call))                                                               \
     X(importance_f64, (const Importance *call), (call))                                                               \
     X(importance_backward_f32, (const Importance *call), (call))                                                      \
-    X(importance_backward_f64, (const Importance *call), (call))
+    X(importance_backward_f64, (const Importance *call), (call))                                                      \
+    X(resampling_f32, (const Resampling *call), (call))                                                               \
+    X(resampling_f64, (const Resampling *call), (call))                                                               \
+    X(chains_f32, (const Chains *call), (call))                                                                       \
+    X(chains_f64, (const Chains *call), (call))
 
 namespace libi {
 

@@ -176,20 +176,12 @@ void run_back(const Plan<T>& plan, int64_t r, int64_t sample, Space<T>& space, R
     Panels<T> delta = space.output, next{room.from, plan.widest * kPanel<T>};
     T* sums = part.weights;
     for (int64_t i = call.layers - 1; i >= 0; --i) {
-        const auto [units, inputs] = plan.shapes[i];
         if (call.to_weights != nullptr) {
             const Outer<T> o = outer_of(plan, i);
             outer(o, delta, space.values[i], space.panels * kPanel<T>, room.turned, sums, part.fresh);
             sums += Arena<T>::line(o.size());
         }
-        const Panels<T> slopes = i > 0 ? space.slopes[i - 1] : Panels<T>{};
-        const bool plain = i == 0 || call.activations[i - 1] == kIdentity;
-        const auto chain = [&](int64_t first, int64_t m, int64_t panel, T* values) {
-            if (plain) return;
-            const T* const slope = slopes.at + panel * slopes.stride + first * kPanel<T>;
-            for (int64_t s = 0; s < m * kPanel<T>; s += kWidth<T>) store<T>(values + s, load<T>(values + s) * load<T>(slope + s));
-        };
-        product(plan.turned_weights(r, i), inputs, units, delta, space.panels, next, true, chain);
+        back_through(plan, r, i, space, delta, next);
         std::swap(delta, next);
     }
     part.fresh = false;

@@ -237,12 +237,12 @@ void place_rows(const Plan<T>& plan, int64_t r, int64_t group, Space<T>& space) 
     const int64_t first = (r * plan.call.rows + space.row) * latents;
     for (int64_t lane = 0; lane < (space.rows == 1 ? 1 : kTileSamples); ++lane) {
         const int64_t mine = space.rows > 1 && lane / samples < space.rows ? lane / samples : 0;
-        const T* const mean = static_cast<const T*>(plan.call.mean) + first + mine * latents;
+        const T* const mean = plan.call.mean == nullptr ? nullptr : static_cast<const T*>(plan.call.mean) + first + mine * latents;
         const T* const log_scale = static_cast<const T*>(plan.call.log_scale) + first + mine * latents;
         T sum = 0;
         for (int64_t l = 0; l < latents; ++l) {
             sum += log_scale[l];
-            fill(lane, mean[l], space.mean + l * kTileSamples);
+            fill(lane, mean == nullptr ? T{0} : mean[l], space.mean + l * kTileSamples);
             fill(lane, std::exp(log_scale[l]), space.scale + l * kTileSamples);
         }
         fill(lane, sum, space.log_scales);
@@ -251,14 +251,21 @@ void place_rows(const Plan<T>& plan, int64_t r, int64_t group, Space<T>& space) 
     }
 }
 
-// The noise of samples sample .. of the rows. Whole tiles of 1, 2 or 4 latents take the lanes as Philox fills them.
+// Whole tiles of 1 or 2 latents take the lanes as Philox fills them: where a sample of such a tile stands, else in order.
+inline int64_t lane_of(int64_t sample, int64_t each, int64_t latents) {
+    if (each != kTileSamples || latents > 2) return sample;
+    const int64_t of_block = 4 / latents, block = sample / of_block;
+    return (block / kLanes * of_block + sample % of_block) * kLanes + block % kLanes;
+}
+
+// The noise of samples sample .. of the rows.
 template <class T>
 void draw_noise(const Plan<T>& plan, int64_t r, int64_t sample, Space<T>& space) {
     const Importance& call = plan.call;
     const int64_t latents = plan.latents;
     const PhiloxKey key = philox_key(call.seed);
     Counters at;
-    at.repetition = static_cast<uint32_t>(call.repetition);
+    for (uint32_t& one : at.repetition) one = static_cast<uint32_t>(call.repetition);
     const auto use = static_cast<uint32_t>(call.stream + 256 * call.replica_ids[r]);
     for (uint32_t& one : at.use) one = use;
     const int64_t block = sample * latents / 4;
@@ -334,29 +341,14 @@ LIBI_INLINE void score_block(const Plan<T>& plan, int64_t r, Space<T>& space, in
     }
 }
 
-// The tile of samples `sample` .. of the rows placed: noise, codes, layers, log-weights (-infinity in lanes of no sample).
-// `keep_outputs` is called with each block of outputs before slopes take its place.
+// All layers over the codes in space.values[0]: log p(x | z) + start comes to stand in space.total, and in backward the slopes
+// of log p(x | output) in space.output. `keep_outputs` is called with each block of outputs before slopes take its place.
 template <class T, bool backward, class KeepOutputs>
-void run_tile(const Plan<T>& plan, int64_t r, int64_t sample, Space<T>& space, KeepOutputs keep_outputs) {
-    using V = Vector<T>;
+void run_layers(const Plan<T>& plan, int64_t r, T start, Space<T>& space, KeepOutputs keep_outputs) {
     const Importance& call = plan.call;
-    space.each = smaller(kTileSamples, call.samples - sample);
-    space.count = space.rows * space.each;
-    space.panels = pieces(space.count, kPanel<T>);
-    draw_noise(plan, r, sample, space);
     for (int64_t s = 0; s < space.panels * kPanel<T>; s += kWidth<T>) {
-        const int64_t panel = s / kPanel<T>, in_panel = s % kPanel<T>;
-        V sum = V{};
-        for (int64_t l = 0; l < plan.latents; ++l) {
-            const V noise = load<T>(space.noise + l * kTileSamples + s);
-            const V z = multiply_add(load<T>(space.scale + l * kTileSamples + s), noise,
-                                     load<T>(space.mean + l * kTileSamples + s));
-            store<T>(space.values[0].at + panel * space.values[0].stride + l * kPanel<T> + in_panel, z);
-            sum = sum + multiply_add(noise, noise, -(z * z));
-        }
-        store<T>(space.log_weights + s, multiply_add(sum, all<T>(static_cast<T>(0.5)), load<T>(space.log_scales + s)));
-        store<T>(space.total + s, all<T>(plan.constant[plan.replica(r)]));
-        store<T>(space.partial + s, V{});
+        store<T>(space.total + s, all<T>(start));
+        store<T>(space.partial + s, Vector<T>{});
         store<T>(space.factor + s, all<T>(1));
     }
     for (int64_t i = 0; i < call.layers; ++i) {
@@ -380,6 +372,54 @@ void run_tile(const Plan<T>& plan, int64_t r, int64_t sample, Space<T>& space, K
         };
         product(w, units, inputs + 1, space.values[i], space.panels, space.output, backward, score);
     }
+}
+
+struct Nothing {
+    template <class T>
+    void operator()(int64_t, int64_t, int64_t, T*) const {}
+};
+
+// What comes back through layer i from the slopes of its sums: those of the sums of the layer below, or of the codes.
+template <class T>
+void back_through(const Plan<T>& plan, int64_t r, int64_t i, const Space<T>& space, Panels<T> delta, Panels<T> next) {
+    const auto [units, inputs] = plan.shapes[i];
+    const Panels<T> slopes = i > 0 ? space.slopes[i - 1] : Panels<T>{};
+    const bool plain = i == 0 || plan.call.activations[i - 1] == kIdentity;
+    const auto chain = [&](int64_t first, int64_t m, int64_t panel, T* values) {
+        if (plain) return;
+        const T* const slope = slopes.at + panel * slopes.stride + first * kPanel<T>;
+        for (int64_t s = 0; s < m * kPanel<T>; s += kWidth<T>) store<T>(values + s, load<T>(values + s) * load<T>(slope + s));
+    };
+    product(plan.turned_weights(r, i), inputs, units, delta, space.panels, next, true, chain);
+}
+
+// The codes of samples `sample` .. of the rows placed, and log N(z; 0, I) - log q(z) in space.log_weights.
+template <class T>
+void draw_codes(const Plan<T>& plan, int64_t r, int64_t sample, Space<T>& space) {
+    using V = Vector<T>;
+    space.each = smaller(kTileSamples, plan.call.samples - sample);
+    space.count = space.rows * space.each;
+    space.panels = pieces(space.count, kPanel<T>);
+    draw_noise(plan, r, sample, space);
+    for (int64_t s = 0; s < space.panels * kPanel<T>; s += kWidth<T>) {
+        const int64_t panel = s / kPanel<T>, in_panel = s % kPanel<T>;
+        V sum = V{};
+        for (int64_t l = 0; l < plan.latents; ++l) {
+            const V noise = load<T>(space.noise + l * kTileSamples + s);
+            const V z = multiply_add(load<T>(space.scale + l * kTileSamples + s), noise,
+                                     load<T>(space.mean + l * kTileSamples + s));
+            store<T>(space.values[0].at + panel * space.values[0].stride + l * kPanel<T> + in_panel, z);
+            sum = sum + multiply_add(noise, noise, -(z * z));
+        }
+        store<T>(space.log_weights + s, multiply_add(sum, all<T>(static_cast<T>(0.5)), load<T>(space.log_scales + s)));
+    }
+}
+
+// The tile of these samples: codes, layers, log-weights (-infinity in lanes of no sample).
+template <class T, bool backward, class KeepOutputs>
+void run_tile(const Plan<T>& plan, int64_t r, int64_t sample, Space<T>& space, KeepOutputs keep_outputs) {
+    draw_codes(plan, r, sample, space);
+    run_layers<T, backward>(plan, r, plan.constant[plan.replica(r)], space, keep_outputs);
     for (int64_t s = 0; s < space.count; ++s) space.log_weights[s] += space.total[s];
     for (int64_t s = space.count; s < kTileSamples; ++s) space.log_weights[s] = -std::numeric_limits<T>::infinity();
 }

@@ -105,6 +105,21 @@ class Decoder(NamedTuple):
             return gaussian(x, output, self.variance[:, None, None])
         return bernoulli(x, output)
 
+    def score(self, x: Tensor, output: Tensor) -> Tensor:
+        """d log p(x | output) / d output, [R, n, s, D]."""
+        if self.likelihood == "gaussian":
+            return (x - output) * (1 / self.variance[:, None, None])
+        return x - torch.sigmoid(output)
+
+    def log_prob_and_gradient(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x | z) [R, n, s] and its gradient to z [R, n, s, L]; x [R, n, 1, D], z [R, n, s, L]."""
+        trace = self.run(z.flatten(1, 2))
+        output = trace[-1][1].unflatten(1, z.shape[1:3])
+        delta = self.score(x, output).flatten(1, 2)
+        for weight, name, layer in zip(reversed(self.weights), reversed(self.activations), reversed(trace), strict=True):
+            delta = (delta * ACTIVATIONS[name][1](*layer)) @ weight
+        return self.log_prob(x, output), delta.unflatten(1, z.shape[1:3])
+
 
 def _same_batch(*tensors: Tensor) -> list[Tensor]:
     batch = max(t.shape[0] for t in tensors)
@@ -263,14 +278,13 @@ def backward(
                 log_weights = decoder.log_prob(target, output) + log_prior_over_proposal(z, noise, row_log_scale)
                 v, share = shares(grad[:, rows], log_weights, log_likelihood[:, rows], num_samples)
                 weight = share[..., None]
+                score = decoder.score(target, output)
+                delta = weight * score
                 if decoder.likelihood == "gaussian":
-                    precision = 1 / decoder.variance[:, None, None]
-                    error = (target - output) * precision
-                    delta = weight * error
                     to_x[:, rows] -= delta.sum(2)
-                    to_variance += (0.5 * weight * (error.square() - precision)).sum((1, 2)).sum_to_size(to_variance.shape)
+                    precision = 1 / decoder.variance[:, None, None]
+                    to_variance += (0.5 * weight * (score.square() - precision)).sum((1, 2)).sum_to_size(to_variance.shape)
                 else:
-                    delta = weight * (target - torch.sigmoid(output))
                     to_x[:, rows] += (weight * output).sum(2)
                 delta = delta.flatten(1, 2)
                 for i in reversed(range(len(trace))):
@@ -283,3 +297,73 @@ def backward(
                 to_mean[:, rows] += from_mean
                 to_log_scale[:, rows] += from_scale
     return to_x, to_mean, to_log_scale, to_weights, to_biases, to_variance
+
+
+# --- sampling importance resampling ---
+
+
+class Resampled(NamedTuple):
+    """Of p(z | x) by self-normalised weights v_s = w_s / sum w: mean sum v z [R, n, L], covariance sum v (z - mean)(z - mean)'
+    [R, n, L, L], and draws z [R, n, M, L] with log p(x, z) [R, n, M]."""
+
+    mean: Tensor
+    covariance: Tensor
+    z: Tensor
+    log_density: Tensor
+
+
+def resample(z: Tensor, log_weights: Tensor, log_q: Tensor, uniforms: Tensor) -> Resampled:
+    """z [R, n, S, L], log_weights and log q(z) [R, n, S], uniforms [R, n, M]: draw m takes the first sample whose cumulated
+    weight passes uniforms[m] of the total (Rubin 1987; multinomial). A row of no weight or of NaN takes its first sample."""
+    latent_dim = z.shape[-1]
+    pivot = log_weights.amax(-1, keepdim=True).clamp_min(torch.finfo(log_weights.dtype).min)
+    weights = (log_weights - pivot).exp().double()
+    total = weights.sum(-1, keepdim=True)
+    v = weights / total
+    # About the sample of the largest weight: a posterior much narrower than its proposal loses nothing.
+    best = log_weights.argmax(-1)[..., None, None].expand(*log_weights.shape[:-1], 1, latent_dim)
+    centre = z.gather(-2, best)
+    off = torch.where(v[..., None] > 0, (z - centre).double(), 0.0)
+    mean = (v[..., None] * off).sum(-2)
+    covariance = (v[..., None] * off).mT @ off - mean[..., :, None] * mean[..., None, :]
+    chosen = torch.searchsorted(weights.cumsum(-1), uniforms.double() * total, right=True).clamp_max(z.shape[-2] - 1)
+    chosen = torch.where(total > 0, chosen, 0)
+    return Resampled(
+        (centre[..., 0, :].double() + mean).to(z.dtype), covariance.to(z.dtype),
+        z.gather(-2, chosen[..., None].expand(*chosen.shape, latent_dim)), (log_weights + log_q).gather(-1, chosen),
+    )  # fmt: skip
+
+
+def log_proposal(noise: Tensor, log_scale: Tensor) -> Tensor:
+    """log q(z) at z = mean + scale * noise, [..., s, L] -> [..., s]."""
+    return -(0.5 * (noise.square() + LOG_2PI) + log_scale).sum(-1)
+
+
+RESAMPLED_VALUES = 2**22  # codes of all samples of the rows held at once
+
+
+def forward_and_resample(
+    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, num_samples: int, tail: int,
+    uniforms: Callable[[slice], Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As :func:`forward`, then the tensors of :class:`Resampled`; ``uniforms(rows)`` gives [R, n, M]."""
+    replicas, n, latent_dim = mean.shape
+    parts = []
+    for rows in blocks(n, max(1, RESAMPLED_VALUES // (num_samples * latent_dim * replicas))):
+        target, at_mean, at_scale = x[:, rows, None], mean[:, rows, None], log_scale[:, rows, None]
+        sums = Sums.empty((replicas, rows.stop - rows.start), tail, mean)
+        kept = []
+        for samples in blocks(num_samples, TILE_SAMPLES):
+            noise = draws.noise(rows, samples, latent_dim, mean.dtype)
+            z = at_mean + at_scale.exp() * noise
+            output = decoder.run(z.flatten(1, 2))[-1][1].unflatten(1, z.shape[1:3])
+            log_weights = decoder.log_prob(target, output) + log_prior_over_proposal(z, noise, at_scale)
+            sums = sums.merge(log_weights)
+            kept.append((z, log_weights, log_proposal(noise, at_scale)))
+        z, log_weights, log_q = (torch.cat(k, 2) for k in zip(*kept, strict=True))
+        parts.append((*sums.results(num_samples), *resample(z, log_weights, log_q, uniforms(rows))))
+    if not parts:
+        count = uniforms(slice(0, 0)).shape[-1]
+        shapes = [(), (), (tail,), (latent_dim,), (latent_dim, latent_dim), (count, latent_dim), (count,)]
+        return tuple(mean.new_empty((replicas, 0, *shape)) for shape in shapes)
+    return tuple(torch.cat(p, 1) for p in zip(*parts, strict=True))

@@ -47,7 +47,7 @@ int fill(uint64_t seed, const Span& span, int num_threads, T* out, MakeTile make
 #pragma omp parallel for schedule(static) num_threads(team(num_threads)) if (tasks > 1)
     for (int64_t task = 0; task < tasks; ++task) {
         Counters at;
-        at.repetition = static_cast<uint32_t>(span.repetition);
+        for (uint32_t& one : at.repetition) one = static_cast<uint32_t>(span.repetition);
         alignas(64) T tile[kTile];
         const int64_t end = total < (task + 1) * per_task ? total : (task + 1) * per_task;
         int64_t line = task * per_task / blocks;

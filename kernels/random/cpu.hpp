@@ -83,8 +83,8 @@ LIBI_INLINE void normal_pair(uint32_t word0, uint32_t word1, T& first, T& second
 struct Counters {
     alignas(64) uint32_t row[kLanes];
     alignas(64) uint32_t block[kLanes];
+    alignas(64) uint32_t repetition[kLanes];
     alignas(64) uint32_t use[kLanes];  // stream + 256 replica
-    uint32_t repetition;
 };
 
 struct Words {
@@ -109,11 +109,12 @@ LIBI_INLINE Wide multiply(Wide a, Wide b) { return (Wide)_mm_mul_epu32((__m128i)
 LIBI_INLINE void philox_tile(PhiloxKey key, const Counters& at, Words& out) {
     constexpr int width = static_cast<int>(sizeof(Wide) / 8);
     for (int first = 0; first < kLanes; first += width) {
-        Wide c0, c1, c2 = Wide{} + at.repetition, c3;
+        Wide c0, c1, c2, c3;
         PhiloxKey k = key;
         for (int l = 0; l < width; ++l) {
             c0[l] = at.row[first + l];
             c1[l] = at.block[first + l];
+            c2[l] = at.repetition[first + l];
             c3[l] = at.use[first + l];
         }
 #pragma GCC unroll 10
@@ -139,7 +140,7 @@ LIBI_INLINE void philox_tile(PhiloxKey key, const Counters& at, Words& out) {
 LIBI_INLINE void philox_tile(PhiloxKey key, const Counters& at, Words& out) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
-        const PhiloxWords w = philox(key, at.row[lane], at.block[lane], at.repetition, at.use[lane]);
+        const PhiloxWords w = philox(key, at.row[lane], at.block[lane], at.repetition[lane], at.use[lane]);
         out.word[0][lane] = w.w0;
         out.word[1][lane] = w.w1;
         out.word[2][lane] = w.w2;
@@ -157,6 +158,16 @@ LIBI_INLINE void normal_lanes(PhiloxKey key, const Counters& at, T (*out)[kLanes
     for (int lane = 0; lane < kLanes; ++lane) {
         normal_pair(w.word[0][lane], w.word[1][lane], out[0][lane], out[1][lane]);
         normal_pair(w.word[2][lane], w.word[3][lane], out[2][lane], out[3][lane]);
+    }
+}
+
+template <class T>
+LIBI_INLINE void uniform_lanes(PhiloxKey key, const Counters& at, T (*out)[kLanes]) {
+    Words w;
+    philox_tile(key, at, w);
+    for (int i = 0; i < 4; ++i) {
+#pragma omp simd
+        for (int lane = 0; lane < kLanes; ++lane) uniform(w.word[i][lane], out[i][lane]);
     }
 }
 

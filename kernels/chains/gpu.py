@@ -1,0 +1,423 @@
+r"""Chains of reference.py in Triton for narrow decoders (those of ../importance/gpu_narrow.py): all transitions in one launch.
+
+    a_j = b_j + sum_l W_jl z_l   h_j = act(a_j)   o_d = c_d + sum_j V_dj h_j   J_dl = d o_d / d z_l = sum_j V_dj act'(a_j) W_jl
+
+A lane has a chain, from the first transition to the last, in registers; lanes run through the chains of all rows of a replica, so
+rows with few chains share a program. J is accumulated along with o: nothing is stored, no unit is seen twice. Going back through
+the units instead costs 3 L + 2 D + 2 A instructions a unit, A those of an activation; this costs 2 L + D + L D + A, which for all
+L + D <= 8 and any activation but relu and identity is less. For 2-50(tanh)-2 that is 16.5 and 2.5 loads, shared by a thread's
+chains: a pair of units comes as one 64-bit word a parameter.
+
+The units are added up in two halves. With few chains a card would be half empty: there two lanes share a chain, each takes a
+half, and both go through the rest side by side. So neither that nor a program's size moves a bit: a chain's numbers depend on its
+own counters alone.
+
+log pi is held without its constants, which what is kept gets back: they would only cost digits of the energy's change.
+"""
+# mypy: disable-error-code="assignment, misc, var-annotated"
+# In Triton's language a loop that is unrolled may grow a tuple.
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from libi_fast.kernels import gpu, tuning
+from libi_fast.kernels.chains import reference
+from libi_fast.kernels.chains.reference import Noise, Result, Settings
+from libi_fast.kernels.importance import gpu_narrow
+from libi_fast.kernels.importance.gpu_formulas import (
+    LOG_2PI,
+    activation,
+    activation_slope,
+    exp,
+    log_prob,
+    to_output,
+)
+from libi_fast.kernels.importance.gpu_narrow import step as step_of
+from libi_fast.kernels.importance.gpu_narrow import variances_of
+from libi_fast.kernels.importance.reference import Decoder
+from libi_fast.kernels.random.gpu import log_unit, normals4, uniform4
+
+GAMMA, T0, KAPPA = tl.constexpr(reference.GAMMA), tl.constexpr(reference.T0), tl.constexpr(reference.KAPPA)
+DIVERGENCE = tl.constexpr(reference.DIVERGENCE)
+LN_2 = tl.constexpr(0.6931471805599453)
+FEW, MANY = 2**15, 2**18  # chains: fewer have two lanes each, more share a thread
+
+
+def refusal(decoder: Decoder) -> str | None:
+    """Why this kernel does not take the decoder, or None."""
+    if gpu_narrow.takes(decoder):
+        return None
+    return (
+        "it takes decoders with at most one hidden layer and at most "
+        f"{gpu_narrow.WIDEST} latents and outputs together, got {'-'.join(map(str, decoder.widths))}"
+    )
+
+
+# --- the decoder at blocks [BLOCK, LANES], a chain in each row ---
+
+
+@triton.jit
+def two_of(pointer):
+    """A parameter of both units of a pair."""
+    word = tl.load(pointer)
+    return word.to(tl.int32).to(tl.float32, bitcast=True), (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_pair(sums, z, at, L: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr):
+    """Two units' share of o_d and, after these, of J_dl; a logistic unit's J counts in units of ln 2 (gpu_narrow.pack)."""
+    a0, a1 = two_of(at + L)
+    first = ()
+    second = ()
+    for l in tl.static_range(L):
+        w0, w1 = two_of(at + l)
+        a0 = a0 + w0 * z[l]
+        a1 = a1 + w1 * z[l]
+        first = first + (w0,)
+        second = second + (w1,)
+    if ACTIVATION == "logistic":
+        y0 = 1.0 + tl.exp2(tl.minimum(a0, 60.0))  # their product must not overflow
+        y1 = 1.0 + tl.exp2(tl.minimum(a1, 60.0))
+        root = tl.rsqrt(y0 * y1)
+        reciprocal = root * root
+        h0 = y1 * reciprocal
+        h1 = y0 * reciprocal
+        s0 = h0 * h0 - h0
+        s1 = h1 * h1 - h1
+    else:
+        h0 = activation(a0, ACTIVATION)
+        h1 = activation(a1, ACTIVATION)
+        s0 = activation_slope(a0, h0, ACTIVATION)
+        s1 = activation_slope(a1, h1, ACTIVATION)
+    outputs = ()
+    jacobian = ()
+    for d in tl.static_range(D):
+        v0, v1 = two_of(at + (L + 1 + d))
+        outputs = outputs + (sums[d] + v0 * h0 + v1 * h1,)
+        if GRADIENT:
+            for l in tl.static_range(L):
+                jacobian = jacobian + (sums[D + d * L + l] + v0 * (first[l] * s0) + v1 * (second[l] * s1),)
+    return outputs + jacobian
+
+
+@triton.jit
+def zeros_of(COUNT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (tl.zeros((BLOCK, LANES), tl.float32),)
+    return values
+
+
+@triton.jit
+def add(values, more, COUNT: tl.constexpr):
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (values[i] + more[i],)
+    return sums
+
+
+@triton.jit
+def decode(
+    z, table, bias, L: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """o_d before the output's activation and, with GRADIENT, J_dl after them. ``table``: where a lane's units begin."""
+    COUNT: tl.constexpr = D + (D * L if GRADIENT else 0)
+    HALF: tl.constexpr = (STEPS + 1) // 2
+    WORDS: tl.constexpr = L + 1 + D
+    total = zeros_of(COUNT, BLOCK, LANES)
+    if STEPS == 0:  # no hidden layer
+        sums = ()
+        for d in tl.static_range(D):
+            o = total[d]
+            for l in tl.static_range(L):
+                o += tl.load(table + d * L + l) * z[l]
+            sums = sums + (o,)
+        if GRADIENT:
+            for i in tl.static_range(D * L):
+                sums = sums + (total[D + i] + tl.load(table + i),)
+        total = sums
+    else:
+        for half in range(0, 2 // LANES):
+            part = zeros_of(COUNT, BLOCK, LANES)
+            steps = HALF if LANES == 2 else tl.minimum(HALF, STEPS - half * HALF)
+            for step in range(0, steps):
+                for u in tl.static_range(UNROLL):
+                    at = table + ((half * HALF + step) * UNROLL + u) * WORDS
+                    part = add_pair(part, z, at, L, D, ACTIVATION, GRADIENT)
+            total = add(total, part, COUNT)
+        if LANES == 2:
+            sums = ()
+            for i in tl.static_range(COUNT):
+                sums = sums + (tl.broadcast_to(tl.sum(total[i], 1)[:, None], (BLOCK, LANES)),)
+            total = sums
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (total[i] + tl.load(bias + i) if i < D else total[i],)
+    return sums
+
+
+@triton.jit
+def gradient_of(
+    sums, z, x, precisions, L: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr,
+    LIKELIHOOD: tl.constexpr,
+):  # fmt: skip
+    """Of log pi, from `decode`'s sums."""
+    delta = ()
+    for d in tl.static_range(D):
+        o = activation(sums[d], OUTPUT)
+        delta = delta + (to_output(x[d], o, precisions[d], LIKELIHOOD) * activation_slope(sums[d], o, OUTPUT),)
+    gradient = ()
+    for l in tl.static_range(L):
+        slope = delta[0] * sums[D + l]
+        for d in tl.static_range(1, D):
+            slope += delta[d] * sums[D + d * L + l]
+        gradient = gradient + (slope * LN_2 - z[l] if ACTIVATION == "logistic" else slope - z[l],)
+    return gradient
+
+
+@triton.jit
+def log_density_of(
+    sums, z, x, precisions, L: tl.constexpr, D: tl.constexpr, OUTPUT: tl.constexpr, LIKELIHOOD: tl.constexpr
+):  # fmt: skip
+    """log pi without its constants."""
+    value = log_prob(x[0], activation(sums[0], OUTPUT), precisions[0], LIKELIHOOD)
+    for d in tl.static_range(1, D):
+        value += log_prob(x[d], activation(sums[d], OUTPUT), precisions[d], LIKELIHOOD)
+    return value - 0.5 * squares_of(z, L)
+
+
+@triton.jit
+def squares_of(values, COUNT: tl.constexpr):
+    total = values[0] * values[0]
+    for i in tl.static_range(1, COUNT):
+        total += values[i] * values[i]
+    return total
+
+
+# --- the chains ---
+
+# Sizes and counters change from call to call, and nothing is gained by a kernel compiled for a multiple of 16 of them.
+COUNTS = (
+    "rows", "chains", "kept", "transitions", "leapfrogs", "thinning", "first_transition", "first_row", "momentum_stream",
+    "acceptance_stream", "x_step", "table_step", "bias_step", "variance_step",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def chains_kernel(
+    seed, replicas, x, z_start, step_start, log_scale, table, bias, variance, draws, densities, step_out, acceptance,
+    divergences, rows, chains, kept, transitions, leapfrogs, thinning, jitter, target, first_transition, first_row,
+    momentum_stream, acceptance_stream, x_step, table_step, bias_step, variance_step,
+    L: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr,
+    OUTPUT: tl.constexpr, LIKELIHOOD: tl.constexpr, WALK: tl.constexpr, ADAPT: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK chains of one replica, LANES lanes each; arrays as in reference.run, ``divergences`` int32."""
+    program = tl.cast(tl.program_id(0), tl.int64)
+    size = tl.cast(rows, tl.int64) * chains
+    blocks = tl.cdiv(size, BLOCK)
+    replica = program // blocks
+    lane = tl.arange(0, LANES)[None, :]
+    own = program % blocks * BLOCK + tl.arange(0, BLOCK)[:, None] + 0 * lane
+    valid = (own < size) & (lane == 0)
+    own = tl.minimum(own, size - 1)  # lanes beyond repeat the last chain
+    row = own // chains
+    number = (own - row * chains).to(tl.uint32)
+    counter = (first_row + row).to(tl.uint32)
+    own += replica * size
+
+    key = tl.load(seed)
+    use = 256 * tl.load(replicas + replica)
+    momentum_use = (momentum_stream + use).to(tl.uint32)
+    acceptance_use = (acceptance_stream + use).to(tl.uint32)
+    table += replica * table_step
+    if LANES == 2 and STEPS > 0:
+        table += lane * ((STEPS + 1) // 2 * UNROLL * (L + 1 + D))
+    bias += replica * bias_step
+    precisions, constant = variances_of(variance + replica * variance_step, D, LIKELIHOOD)
+    constant -= 0.5 * L * LOG_2PI
+    x_d = ()
+    for d in tl.static_range(D):
+        x_d = x_d + (tl.load(x + replica * x_step + row * D + d),)
+    z = ()
+    scale = ()
+    for l in tl.static_range(L):
+        z = z + (tl.load(z_start + own * L + l),)
+        scale = scale + (exp(tl.load(log_scale + (replica * rows + row) * L + l)),)
+
+    sums = decode(z, table, bias, L, D, STEPS, UNROLL, ACTIVATION, not WALK, BLOCK, LANES)
+    value = log_density_of(sums, z, x_d, precisions, L, D, OUTPUT, LIKELIHOOD)
+    gradient = ()
+    if not WALK:
+        gradient = gradient_of(sums, z, x_d, precisions, L, D, ACTIVATION, OUTPUT, LIKELIHOOD)
+    eps = tl.load(step_start + own)
+    if ADAPT:
+        mu = tl.log(10.0 * eps)
+        averaged = tl.log(eps)
+        missed = tl.zeros((BLOCK, LANES), tl.float32)
+    accepted = tl.zeros((BLOCK, LANES), tl.float64)
+    diverged = tl.zeros((BLOCK, LANES), tl.int32)
+    # The counters' last four draws, each used once: blocks are made where a sequence enters them.
+    n0, n1, n2, n3 = zeros_of(4, BLOCK, LANES)
+    v0, v1, v2, v3 = zeros_of(4, BLOCK, LANES)
+    for t in range(0, transitions):
+        time = tl.cast(first_transition, tl.uint64) + t
+        if (time % 2 == 0) | (t == 0):
+            block = (time // 2).to(tl.uint32) + 0 * number
+            v0, v1, v2, v3 = uniform4(key, counter, block, number, acceptance_use)
+        even = time % 2 == 0
+        log_v = log_unit(tl.where(even, v0, v2))
+        jittered = eps * (1.0 + jitter * (2.0 * tl.where(even, v1, v3) - 1.0))
+        u = ()
+        h = ()
+        for l in tl.static_range(L):
+            i = time * L + l
+            if (i % 4 == 0) | ((t == 0) & (l == 0)):
+                block = (i // 4).to(tl.uint32) + 0 * number
+                n0, n1, n2, n3 = normals4(key, counter, block, number, momentum_use)
+            drawn = tl.where(i % 4 < 2, tl.where(i % 4 == 0, n0, n1), tl.where(i % 4 == 2, n2, n3))
+            u = u + (drawn,)
+            h = h + (jittered * scale[l],)
+
+        # A proposal, and what log pi + kinetic energy loses by it.
+        if WALK:
+            moved = ()
+            for l in tl.static_range(L):
+                moved = moved + (z[l] + h[l] * u[l],)
+            sums = decode(moved, table, bias, L, D, STEPS, UNROLL, ACTIVATION, False, BLOCK, LANES)
+            new_value = log_density_of(sums, moved, x_d, precisions, L, D, OUTPUT, LIKELIHOOD)
+            slope = ()
+            gain = new_value - value
+        else:
+            before = squares_of(u, L)
+            moved = z
+            slope = gradient
+            kicked = ()
+            for l in tl.static_range(L):
+                kicked = kicked + (u[l] + 0.5 * h[l] * gradient[l],)
+            u = kicked
+            for k in range(0, leapfrogs):
+                there = ()
+                for l in tl.static_range(L):
+                    there = there + (moved[l] + h[l] * u[l],)
+                moved = there
+                sums = decode(moved, table, bias, L, D, STEPS, UNROLL, ACTIVATION, True, BLOCK, LANES)
+                slope = gradient_of(sums, moved, x_d, precisions, L, D, ACTIVATION, OUTPUT, LIKELIHOOD)
+                part = tl.where(k + 1 < leapfrogs, 1.0, 0.5)
+                kicked = ()
+                for l in tl.static_range(L):
+                    kicked = kicked + (u[l] + part * h[l] * slope[l],)
+                u = kicked
+            new_value = log_density_of(sums, moved, x_d, precisions, L, D, OUTPUT, LIKELIHOOD)
+            gain = (new_value - value) - 0.5 * (squares_of(u, L) - before)
+
+        probability = tl.where(gain == gain, exp(tl.minimum(gain, 0.0)), 0.0)
+        accept = log_v < gain  # never where it is not a number
+        accepted += probability.to(tl.float64)
+        diverged += tl.where(gain >= -DIVERGENCE, 0, 1)
+        value = tl.where(accept, new_value, value)
+        new_z = ()
+        new_gradient = ()
+        for l in tl.static_range(L):
+            new_z = new_z + (tl.where(accept, moved[l], z[l]),)
+            if not WALK:
+                new_gradient = new_gradient + (tl.where(accept, slope[l], gradient[l]),)
+        z = new_z
+        gradient = new_gradient
+        if ADAPT:
+            count = tl.cast(t + 1, tl.float32)
+            rate = 1.0 / (count + T0)
+            weight = tl.exp2(tl.log2(count) * -KAPPA)
+            missed = (1.0 - rate) * missed + rate * (target - probability)
+            log_step = mu - tl.sqrt(count) / GAMMA * missed
+            averaged = weight * log_step + (1.0 - weight) * averaged
+            eps = exp(log_step)
+        if (t + 1) % thinning == 0:
+            place = own * kept + t // thinning
+            tl.store(densities + place, value + constant, mask=valid)
+            for l in tl.static_range(L):
+                tl.store(draws + place * L + l, z[l], mask=valid)
+
+    if ADAPT:
+        eps = exp(averaged)
+    tl.store(step_out + own, eps, mask=valid)
+    tl.store(acceptance + own, (accepted / tl.maximum(transitions, 1)).to(tl.float32), mask=valid)
+    tl.store(divergences + own, diverged, mask=valid)
+
+
+class Paired(NamedTuple):
+    """table: gpu_narrow.pack's, the two units of a pair side by side in words of 64 bits, [R or 1, pairs, L + 1 + D]; float32
+    [R or 1, D, L] without a hidden layer. A lane that has the second half of the steps reads as many as the first has."""
+
+    table: Tensor
+    steps: int
+
+
+def pair(packed: gpu_narrow.Packed) -> Paired:
+    if not packed.hidden:
+        return Paired(packed.table, 0)
+    steps = packed.hidden // (2 * packed.unroll)
+    padding = steps % 2 * 2 * packed.unroll
+    table = torch.nn.functional.pad(packed.table, (0, 0, 0, padding))
+    table = table.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+    return Paired(table.view(torch.int64)[..., 0], steps)
+
+
+def _candidates(chains: int, values: int) -> list[tuning.Configuration]:
+    """(warps, chains or halves of chains a thread, lanes of a chain); the first is the fixed choice."""
+    if chains < FEW:
+        fixed = (1, 1, 2)
+    else:
+        fixed = (1, 2 if chains >= MANY and values <= 4 else 1, 1)
+    others = [(1, 1, 1), (1, 2, 1), (1, 4, 1), (4, 1, 1), (4, 2, 1), (1, 1, 2), (1, 2, 2)]
+    return [{"warps": w, "per_thread": p, "lanes": n} for w, p, n in dict.fromkeys((fixed, *others))]
+
+
+def run(
+    x: Tensor, z: Tensor, step: Tensor, log_scale: Tensor, decoder: Decoder, noise: Noise, settings: Settings
+) -> Result:  # fmt: skip
+    """As ``kernels.chains.reference.run`` on its ``log_joint``; x [R or 1, N, D], float32."""
+    replicas, rows, chains, latent_dim = z.shape
+    outputs = x.shape[-1]
+    result = Result(
+        z.new_empty((replicas, rows, chains, settings.kept, latent_dim)),
+        z.new_empty((replicas, rows, chains, settings.kept)),
+        z.new_empty((replicas, rows, chains)),
+        z.new_empty((replicas, rows, chains)),
+        torch.empty((replicas, rows, chains), dtype=torch.int32, device=z.device),
+    )
+    if not step.numel():
+        return result._replace(divergences=result.divergences.long())
+    x, z, step, log_scale = x.contiguous(), z.contiguous(), step.contiguous(), log_scale.contiguous()
+    packed = gpu_narrow.pack(decoder)
+    table, steps = pair(packed)
+    variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
+
+    def launch(configuration: tuning.Configuration) -> None:
+        lanes = configuration["lanes"]
+        block = 32 * configuration["warps"] * configuration["per_thread"] // lanes
+        gpu.launch(
+            chains_kernel, (replicas * triton.cdiv(rows * chains, block),),
+            noise.seed, noise.replicas, x, z, step, log_scale, table, packed.bias, variance, *result,
+            rows, chains, settings.kept, settings.transitions, settings.steps, settings.thinning,
+            float(settings.jitter), float(settings.target), settings.first_transition, settings.first_row, *noise.streams,
+            step_of(x), step_of(table), step_of(packed.bias), step_of(variance),
+            L=latent_dim, D=outputs, STEPS=steps, UNROLL=packed.unroll, ACTIVATION=packed.activation,
+            OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, WALK=settings.method == "random-walk",
+            ADAPT=settings.target > 0, BLOCK=block, LANES=lanes, num_warps=configuration["warps"],
+        )  # fmt: skip
+
+    problem = {
+        "widths": "-".join(map(str, decoder.widths)), "activations": "-".join(decoder.activations),
+        "likelihood": decoder.likelihood, "method": settings.method, "adapt": settings.target > 0, "chains": step.numel(),
+    }  # fmt: skip
+    with gpu.device_of(x):
+        launch(tuning.choose("chains", problem, _candidates(step.numel(), latent_dim + outputs), launch))
+    return result._replace(divergences=result.divergences.long())
