@@ -137,17 +137,17 @@ template <class T>
 void resample_row(const Resampling& call, const Plan<T>& plan, int64_t r, int64_t row, int64_t begin, Space<T>& space,
                   const Sums<T>& sums, Resampled<T>& room) {
     const int64_t samples = plan.call.samples, latents = plan.latents, at_row = r * plan.call.rows + row;
-    const bool together = plan.rows_together > 1;
+    const bool drawn = plan.tiles == 1;  // and its codes still stand there
     choose(call, plan, r, row, sums.pivot, room);
     const T* const weights = room.log_weights.get();
     const int64_t best = std::max_element(weights, weights + samples) - weights;
-    if (!together) draw_codes(plan, r, best / kTileSamples * kTileSamples, space);
-    const int64_t lane = begin + (together ? best : lane_of(best % kTileSamples, space.each, latents));
+    if (!drawn) draw_codes(plan, r, best / kTileSamples * kTileSamples, space);
+    const int64_t lane = begin + lane_of(best % kTileSamples, space.each, latents);
     for (int64_t l = 0; l < latents; ++l)
         room.centre[l] = space.values[0].at[lane / kPanel<T> * space.values[0].stride + l * kPanel<T> + lane % kPanel<T>];
     std::fill(room.moments.get(), room.moments.get() + latents + latents * latents, 0.0);
     int64_t next = 0;
-    if (together) {
+    if (drawn) {
         second_pass(call, plan, space, at_row, begin, begin + samples, 0, next, room);
     } else {
         for (int64_t first = 0; first < samples; first += kTileSamples) {
@@ -164,15 +164,14 @@ void resample_group(const Resampling& call, const Plan<T>& plan, int64_t r, int6
     place_rows(plan, r, group, space);
     if (plan.rows_together > 1) {
         run_tile<T, false>(plan, r, 0, space, Nothing{});
-        alignas(64) T log_weights[kTileSamples];
-        std::copy(space.log_weights, space.log_weights + kTileSamples, log_weights);
         for (int64_t i = 0; i < space.rows; ++i) {
+            const T* const log_weights = space.log_weights + i * samples;
             Sums<T> sums;
             Largest<T> largest{space.more(), tail};
-            merge_lanes(log_weights, i * samples, (i + 1) * samples, sums);
-            largest.push(log_weights + i * samples, samples);
+            merge_lanes(space.log_weights, i * samples, (i + 1) * samples, sums);
+            largest.push(log_weights, samples);
             write_row(plan, r * plan.call.rows + space.row + i, sums, largest);
-            std::copy(log_weights + i * samples, log_weights + (i + 1) * samples, room.log_weights.get());
+            std::copy(log_weights, log_weights + samples, room.log_weights.get());
             resample_row(call, plan, r, space.row + i, i * samples, space, sums, room);
         }
         return;
@@ -188,10 +187,12 @@ void resample_group(const Resampling& call, const Plan<T>& plan, int64_t r, int6
 template <class T>
 int resample(const Resampling& call) {
     Plan<T> plan(call.on);
-    if (const int error = plan.make(false)) return error;
-    if (call.draws < 0 || call.draws > 4 * kWords || call.stream < 0 || call.stream >= 256) return kCounterOverflow;
+    if (const int error = plan.check()) return error;
+    if (call.draws < 0) return kBadSize;
+    if (call.draws > 4 * kWords || call.stream < 0 || call.stream >= 256) return kCounterOverflow;
     if (!fits(8, call.on.replicas, call.on.rows, call.draws + 1, plan.latents)) return kBadSize;
     if (!fits(8, call.on.replicas, call.on.rows, plan.latents, plan.latents)) return kBadSize;
+    if (const int error = plan.make(false)) return error;
     const int64_t groups = call.on.replicas * plan.groups;
     if (groups == 0) return kOk;
     const int64_t threads = smaller(plan.threads, groups);
