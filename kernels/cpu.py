@@ -416,9 +416,10 @@ def chains(
     replicas, rows, chains, latents = z.shape
     draws = Draws(noise.seed, noise.replicas, settings.first_row, 0, noise.streams[0], noise.normal)
     call = _ImportanceCall(x, None, log_scale, decoder, draws, chains, 0)
-    call._expect("z", z, (replicas, rows, chains, decoder.widths[0]))
-    call._expect("step", step, (replicas, rows, chains))
     shape = (replicas, rows, chains)
+    call._expect("log_scale", log_scale, (replicas, rows, latents))
+    call._expect("z", z, (*shape, decoder.widths[0]))
+    call._expect("step", step, shape)
     result = Result(
         z.new_empty((*shape, settings.kept, latents)), z.new_empty((*shape, settings.kept)), step.new_empty(shape),
         step.new_empty(shape), torch.empty(shape, dtype=torch.int64),

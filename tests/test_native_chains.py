@@ -227,6 +227,14 @@ def test_bad_settings_are_refused(settings: Settings, message: str) -> None:
         native(chains([2, 6, 2]), settings)
 
 
+@pytest.mark.parametrize("name", ["x", "z", "step", "log_scale"])
+def test_tensors_of_other_rows_are_refused(name: str) -> None:
+    """The kernel reads as far as the shapes of others say."""
+    c = chains([2, 6, 2])
+    with pytest.raises(ValueError, match="expected"):
+        native(c._replace(**{name: getattr(c, name)[:, :2]}), Settings("hmc", 3, 2))
+
+
 def digest() -> str:
     torch.manual_seed(3)
     found = []
