@@ -49,9 +49,20 @@ void* operator new[](size_t bytes) {
     if (void* const at = std::malloc(bytes)) return at;
     throw std::bad_alloc();
 }
+// Likewise where a type wants more than malloc's alignment.
+void* operator new[](size_t bytes, std::align_val_t line, const std::nothrow_t&) noexcept {
+    const auto each = static_cast<size_t>(line);
+    if (bytes > kMostBytes || refused.fetch_sub(1) == 0) return nullptr;
+    void* const at = std::aligned_alloc(each, (bytes + each - 1) / each * each);
+    if (at != nullptr) std::memset(at, fill, bytes);
+    return at;
+}
 void operator delete[](void* at) noexcept { std::free(at); }
 void operator delete[](void* at, size_t) noexcept { std::free(at); }
 void operator delete[](void* at, const std::nothrow_t&) noexcept { std::free(at); }
+void operator delete[](void* at, std::align_val_t) noexcept { std::free(at); }
+void operator delete[](void* at, size_t, std::align_val_t) noexcept { std::free(at); }
+void operator delete[](void* at, std::align_val_t, const std::nothrow_t&) noexcept { std::free(at); }
 
 namespace libi {
 namespace {
@@ -345,12 +356,17 @@ void smooth_knn(Case& c) {
     c.run([&](int threads) { return kernel(z, replicas, n1, n2, d, k, alphas, num_alphas, threads, out); });
 }
 
-// Forward, then backward with what it found.
+// The arguments that all kernels on a decoder share, and those of its arrays that may be spoiled.
+struct Problem {
+    Importance call;
+    int64_t *widths, *activations, batch, latents, outputs;
+};
+
 template <class T>
-void importance(Case& c) {
+Problem problem(Case& c, int64_t most_samples, int64_t most_rows) {
     Importance call{};
-    call.replicas = c.size(3), call.rows = c.size(c.one_in(4) ? 70 : 9);
-    call.samples = c.size(c.one_in(8) ? 2100 : 140), call.layers = 1 + c.up_to(3);
+    call.replicas = c.size(3), call.rows = c.size(c.one_in(4) ? most_rows : 9);
+    call.samples = c.size(c.one_in(8) ? most_samples : 140), call.layers = 1 + c.up_to(3);
     if (call.samples > 300) call.rows = c.up_to(2);
     const int64_t widest = c.one_in(4) ? 70 : 10, batch = call.replicas * call.rows;
     int64_t *const widths = c.array<int64_t>(call.layers + 1), *const activations = c.array<int64_t>(call.layers);
@@ -383,15 +399,34 @@ void importance(Case& c) {
     for (int64_t r = 0; r < call.replicas; ++r) ids[r] = c.one_of<int64_t>({0, 5, (1 << 24) - 1});
     call.seed = at.seed, call.repetition = at.repetition, call.stream = at.stream, call.replica_ids = ids;
     call.first_row = c.one_in(4) ? (int64_t{1} << 32) - call.rows : 0;
-    call.log_likelihood = c.result<T>(batch), call.effective = c.result<T>(batch), call.top = c.result<T>(batch * call.tail);
     if (call.samples < 1) c.must_fail();
+    return {call, widths, activations, batch, latents, outputs};
+}
+
+template <class T>
+void add_results(Case& c, Problem& p) {
+    p.call.log_likelihood = c.result<T>(p.batch), p.call.effective = c.result<T>(p.batch);
+    p.call.top = c.result<T>(p.batch * p.call.tail);
+}
+
+void spoil(Case& c, Problem& p) {
+    Importance& call = p.call;
     if (c.one_in(10)) {
-        int64_t* const wrong[] = {&call.first_row, &call.repetition, &call.stream, &activations[0], &call.variances};
+        int64_t* const wrong[] = {&call.first_row, &call.repetition, &call.stream, &p.activations[0], &call.variances};
         *wrong[c.up_to(4)] = c.one_of<int64_t>({-1, int64_t{1} << 40});
         c.must_fail();
-    } else if (call.replicas > 0 && call.rows > 0) {
-        c.spoil({&call.replicas, &call.rows, &call.samples, &call.layers, &call.tail, &widths[c.up_to(call.layers)]});
+    } else if (p.batch > 0) {
+        c.spoil({&call.replicas, &call.rows, &call.samples, &call.layers, &call.tail, &p.widths[c.up_to(call.layers)]});
     }
+}
+
+// Forward, then backward with what it found.
+template <class T>
+void importance(Case& c) {
+    Problem p = problem<T>(c, 2100, 70);
+    Importance& call = p.call;
+    add_results<T>(c, p);
+    spoil(c, p);
     const auto forward = of_type<T>(c.kernels.importance_f32, c.kernels.importance_f64);
     const auto with_threads = [&](int threads) {
         call.threads = threads;
@@ -399,20 +434,124 @@ void importance(Case& c) {
     };
     if (!c.run([&](int threads) { return forward(with_threads(threads)); })) return;
 
-    const auto result = [&](int64_t count) { return batch > 0 ? c.result<T>(count) : c.array<T>(count); };
+    const auto result = [&](int64_t count) { return p.batch > 0 ? c.result<T>(count) : c.array<T>(count); };
     auto **const to_weights = c.array<void*>(call.layers), **const to_biases = c.array<void*>(call.layers);
     for (int64_t i = 0; i < call.layers; ++i) {
-        to_weights[i] = result(call.replicas * widths[i] * widths[i + 1]);
-        to_biases[i] = result(call.replicas * widths[i + 1]);
+        to_weights[i] = result(call.replicas * p.widths[i] * p.widths[i + 1]);
+        to_biases[i] = result(call.replicas * p.widths[i + 1]);
     }
-    call.kind = c.up_to(2), call.grad = c.values<T>(batch);
-    call.to_x = c.one_in(2) ? nullptr : result(batch * outputs);
+    call.kind = c.up_to(2), call.grad = c.values<T>(p.batch);
+    call.to_x = c.one_in(2) ? nullptr : result(p.batch * p.outputs);
     call.to_variance = c.one_in(2) || call.variances == 0 ? nullptr : result(call.replicas * call.variances);
-    call.to_mean = result(batch * latents), call.to_log_scale = result(batch * latents);
+    call.to_mean = result(p.batch * p.latents), call.to_log_scale = result(p.batch * p.latents);
     call.to_weights = to_weights, call.to_biases = to_biases;
     if (c.one_in(20)) call.kind = c.one_of<int64_t>({-1, 3}), c.must_fail();
     const auto backward = of_type<T>(c.kernels.importance_backward_f32, c.kernels.importance_backward_f64);
     c.run([&](int threads) { return backward(with_threads(threads)); });
+}
+
+template <class T>
+void expect_same(const char* what, const void* a, const void* b, int64_t count) {
+    const T *const x = static_cast<const T*>(a), *const y = static_cast<const T*>(b);
+    for (int64_t i = 0; i < count; ++i)
+        if (x[i] != y[i] && (x[i] == x[i] || y[i] == y[i])) fail(what, i);
+}
+
+// Its sums are those of the importance kernel.
+template <class T>
+void resampling(Case& c) {
+    Problem p = problem<T>(c, 2100, 70);
+    Resampling call{};
+    add_results<T>(c, p);
+    call.draws = c.size(c.one_in(8) ? 2100 : 140), call.stream = c.one_of<int64_t>({0, 3, 255});
+    call.mean = c.result<T>(p.batch * p.latents), call.covariance = c.result<T>(p.batch * p.latents * p.latents);
+    call.z = c.result<T>(p.batch * call.draws * p.latents), call.log_density = c.result<T>(p.batch * call.draws);
+    if (c.one_in(16)) {
+        *c.one_of({&call.draws, &call.stream}) = c.one_of<int64_t>({-1, int64_t{1} << 40, -(int64_t{1} << 62)});
+        c.must_fail();
+    } else {
+        spoil(c, p);
+    }
+    const auto kernel = of_type<T>(c.kernels.resampling_f32, c.kernels.resampling_f64);
+    const auto run = [&](int threads) {
+        call.on = p.call, call.on.threads = threads;
+        return kernel(&call);
+    };
+    if (!c.run(run)) return;
+    Importance sums = call.on;
+    sums.log_likelihood = c.array<T>(p.batch), sums.effective = c.array<T>(p.batch);
+    sums.top = c.array<T>(p.batch * sums.tail);
+    if (of_type<T>(c.kernels.importance_f32, c.kernels.importance_f64)(&sums) != kOk) return;  // memory was refused
+    expect_same<T>("resampling has another log-likelihood", call.on.log_likelihood, sums.log_likelihood, p.batch);
+    expect_same<T>("resampling has another effective sample size", call.on.effective, sums.effective, p.batch);
+    expect_same<T>("resampling has another tail", call.on.top, sums.top, p.batch * sums.tail);
+}
+
+// Without adaptation, a call that goes on where another ended has the draws of one.
+template <class T>
+void chains(Case& c) {
+    constexpr int64_t kMethods = 3, words = int64_t{1} << 32;
+    Problem p = problem<T>(c, 200, 40);
+    p.call.tail = 0;
+    if (c.one_in(2)) p.call.mean = nullptr;
+    Chains call{};
+    const int64_t latents = p.latents, in_all = p.batch * p.call.samples;
+    call.method = c.up_to(kMethods - 1), call.transitions = c.size(c.one_in(4) ? 9 : 4), call.leapfrogs = 1 + c.size(2);
+    call.thinning = c.one_in(2) ? 1 : 1 + c.size(5);
+    const int64_t last = 4 * words / (latents > 2 ? latents : 2) - call.transitions;
+    const int64_t most = last < words - call.transitions ? last : words - call.transitions;
+    call.first_transition = c.one_in(2) ? 0 : c.one_in(2) ? most : c.up_to(most);
+    call.momentum_stream = c.one_of<int64_t>({0, 3, 255}), call.acceptance_stream = c.one_of<int64_t>({0, 4, 255});
+    call.jitter = c.one_of({0.0, 0.0, 0.5, 1 - 0x1p-53}), call.target = c.one_of({0.0, 0.0, 0.8, 1e-300, 1 - 0x1p-53});
+    call.z = c.values<T>(in_all * latents);
+    T* const step = c.values<T>(in_all);
+    const bool usual = c.one_in(2);  // steps that move
+    for (int64_t i = 0; i < in_all && usual; ++i) step[i] = static_cast<T>(c.up_to(1000)) / 1000;
+    call.step = step;
+    const int64_t kept = call.transitions / call.thinning;
+    T *const draws = c.result<T>(in_all * kept * latents), *const log_density = c.result<T>(in_all * kept);
+    T* const acceptance = c.result<T>(in_all);
+    int64_t* const divergences = c.result<int64_t>(in_all);
+    call.draws = draws, call.log_density = log_density, call.acceptance = acceptance, call.divergences = divergences;
+    call.step_out = c.result<T>(in_all);
+    if (c.one_in(10)) {
+        constexpr int64_t lowest = std::numeric_limits<int64_t>::min(), highest = std::numeric_limits<int64_t>::max();
+        const int64_t low = c.one_of<int64_t>({-1, lowest}), high = c.one_of<int64_t>({low, words + 1, highest});
+        if (c.one_in(4)) *c.one_of({&call.jitter, &call.target}) = c.one_of({-1e-9, 1.0, kNaN, kInfinity});
+        else if (c.one_in(3)) *c.one_of({&call.leapfrogs, &call.thinning}) = c.one_in(2) ? 0 : low;
+        else if (c.one_in(2)) *c.one_of({&call.momentum_stream, &call.acceptance_stream}) = high;
+        else *c.one_of({&call.method, &call.transitions, &call.first_transition}) = high;
+        c.must_fail();
+    } else {
+        spoil(c, p);
+    }
+    const auto kernel = of_type<T>(c.kernels.chains_f32, c.kernels.chains_f64);
+    const auto run = [&](int threads) {
+        call.on = p.call, call.on.threads = threads;
+        return kernel(&call);
+    };
+    if (!c.run(run)) return;
+    for (int64_t i = 0; i < in_all; ++i) {
+        if (!(acceptance[i] >= 0 && acceptance[i] <= 1)) fail("no acceptance rate", i);
+        if (divergences[i] < 0 || divergences[i] > call.transitions) fail("no number of divergences", i);
+    }
+    if (call.target > 0 || call.thinning > 1 || kept < 2) return;
+    Chains part = call;
+    const int64_t cut = 1 + c.up_to(kept - 2);
+    T* const z = c.array<T>(in_all * latents);
+    for (int64_t i = 0; i < in_all; ++i)
+        for (int64_t l = 0; l < latents; ++l) z[i * latents + l] = draws[(i * kept + cut - 1) * latents + l];
+    part.z = z, part.first_transition += cut, part.transitions -= cut;
+    part.draws = c.array<T>(in_all * part.transitions * latents), part.log_density = c.array<T>(in_all * part.transitions);
+    part.step_out = c.array<T>(in_all), part.acceptance = c.array<T>(in_all), part.divergences = c.array<int64_t>(in_all);
+    if (kernel(&part) != kOk) return;  // memory was refused
+    for (int64_t i = 0; i < in_all; ++i) {
+        const auto rest = [&](const void* of, int64_t at) { return static_cast<const T*>(of) + at; };
+        expect_same<T>("a chain in two parts has other draws", draws + (i * kept + cut) * latents,
+                       rest(part.draws, i * part.transitions * latents), part.transitions * latents);
+        expect_same<T>("a chain in two parts has other densities", log_density + i * kept + cut,
+                       rest(part.log_density, i * part.transitions), part.transitions);
+    }
 }
 
 struct Entry {
@@ -424,7 +563,7 @@ struct Entry {
 const Entry kCases[] = {
     {"philox_words", philox_words}, LIBI_BOTH(philox_uniform),      LIBI_BOTH(philox_normal), LIBI_BOTH(log_mean_exp),
     LIBI_BOTH(log_mean_exp_backward), LIBI_BOTH(henze_zirkler), LIBI_BOTH(henze_zirkler_characteristic),
-    LIBI_BOTH(smooth_knn), LIBI_BOTH(importance),
+    LIBI_BOTH(smooth_knn), LIBI_BOTH(importance), LIBI_BOTH(resampling), LIBI_BOTH(chains),
 };
 
 int64_t option(int count, char** arguments, const char* name, int64_t otherwise) {
