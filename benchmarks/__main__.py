@@ -24,7 +24,7 @@ def same_threads() -> None:
 if __name__ == "__main__":
     same_threads()
 
-from benchmarks import accuracy, cpu, exact_likelihood, nonlinear, plots, report, robustness, smooth_knn  # noqa: E402
+from benchmarks import accuracy, cpu, exact_likelihood, nonlinear, plots, proposals, report, robustness, smooth_knn  # noqa: E402
 
 OTHERS = {
     "linear_jtex": lambda: accuracy.linear("LinearJTEx"),
@@ -34,6 +34,7 @@ OTHERS = {
     "smooth_knn_of_models": smooth_knn.run,
     "robustness": robustness.run,
     "digits": accuracy.digits,
+    "proposals": proposals.run,
 }
 
 

@@ -4,9 +4,10 @@
 """
 
 from libi_fast import data
-from libi_fast.errors import InputError
+from libi_fast.errors import DivergenceWarning, InputError, ParetoWarning
 from libi_fast.estimators import LogLikelihood, log_likelihood, pareto_k
 from libi_fast.metrics import AggregatedPosterior, aggregated_posterior, energy_distance
+from libi_fast.metrics.convergence import effective_sample_size, r_hat
 from libi_fast.models.laplace import mutual_information
 from libi_fast.models.likelihoods import Bernoulli, DiagonalGaussian, Gaussian, Likelihood
 from libi_fast.models.linear_gaussian import (
@@ -19,12 +20,23 @@ from libi_fast.models.linear_gaussian import (
 )
 from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian
 from libi_fast.models.networks import Cube, JTExMap, mlp
+from libi_fast.models.proposals import (
+    Defensive,
+    FullCovariance,
+    FullCovarianceGaussian,
+    GaussianMixture,
+    MixtureGaussian,
+    Proposal,
+    laplace_mixture,
+    laplace_proposal,
+)
 from libi_fast.models.quadrature import quadrature_log_likelihood
 from libi_fast.ops._library import use_backend
 from libi_fast.ops.henze_zirkler import HenzeZirkler, henze_zirkler
 from libi_fast.ops.log_mean_exp import log_mean_exp
 from libi_fast.ops.random import Stream, philox_normal, philox_uniform
 from libi_fast.ops.smooth_knn import smooth_knn
+from libi_fast.posterior import PosteriorSamples, sample_posterior
 from libi_fast.runs import load
 from libi_fast.training import IWAE, METHODS, VAE, LaggingVAE, LiBI, Method, fit_grid
 from libi_fast.training.constraints import Constraint, MutualInformation
@@ -37,8 +49,13 @@ __all__ = [
     "Bernoulli",
     "Constraint",
     "Cube",
+    "Defensive",
     "DiagonalGaussian",
+    "DivergenceWarning",
+    "FullCovariance",
+    "FullCovarianceGaussian",
     "Gaussian",
+    "GaussianMixture",
     "HenzeZirkler",
     "InputError",
     "JTExMap",
@@ -50,17 +67,24 @@ __all__ = [
     "MeanField",
     "MeanFieldGaussian",
     "Method",
+    "MixtureGaussian",
     "MutualInformation",
+    "ParetoWarning",
+    "PosteriorSamples",
+    "Proposal",
     "Stream",
     "aggregated_posterior",
     "closest_mean_field",
     "data",
+    "effective_sample_size",
     "energy_distance",
     "exact_log_likelihood",
     "exact_mutual_information",
     "exact_posterior",
     "fit_grid",
     "henze_zirkler",
+    "laplace_mixture",
+    "laplace_proposal",
     "linear_gaussian_marginal",
     "load",
     "log_likelihood",
@@ -72,6 +96,8 @@ __all__ = [
     "philox_normal",
     "philox_uniform",
     "quadrature_log_likelihood",
+    "r_hat",
+    "sample_posterior",
     "smooth_knn",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""The one exception for input a caller can mend."""
+"""The one exception for input a caller can mend, and the warnings."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,11 @@ class InputError(ValueError):
 
     The command line turns exactly these (and ``OSError``) into one line on stderr and exit code 2.
     """
+
+
+class DivergenceWarning(UserWarning):
+    """Markov chains had divergent transitions, or started where the density is not finite."""
+
+
+class ParetoWarning(UserWarning):
+    """The tail of importance weights is too heavy for some rows (Pareto k above 0.7): their estimates are unreliable."""

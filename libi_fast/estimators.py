@@ -10,102 +10,33 @@ from torch import Tensor
 from torch.func import functional_call
 
 from libi_fast.errors import InputError
+from libi_fast.kernels.importance import reference
+from libi_fast.models.laplace import log_joint
 from libi_fast.models.likelihoods import LIKELIHOODS, DiagonalGaussian
-from libi_fast.models.model import LatentVariableModel, MeanField
+from libi_fast.models.model import LatentVariableModel
 from libi_fast.models.networks import recognise
+from libi_fast.models.proposals import Proposal, as_mean_field, as_proposal, check_rows, widest_layer
 from libi_fast.ops import _library as lib
 from libi_fast.ops import importance as op
 from libi_fast.ops import random
-from libi_fast.ops.random import Stream
+from libi_fast.ops.random import Stream, philox_normal, philox_uniform
+from libi_fast.pareto import called_by_the_library, fit, pareto_k, smoothed_log_likelihood, tail_length, warn_where_unreliable
+
+__all__ = ["LogLikelihood", "as_mean_field", "log_likelihood", "pareto_k", "tail_length"]
 
 
 class LogLikelihood(NamedTuple):
     """Estimates for each row, [N].
 
-    log_likelihood: log (1/S) sum w, differentiable; standard_error: of it (delta method), in nats;
-    effective_sample_size: Kish's, 1 .. S; pareto_k: tail shape of the weights, above 0.7 the estimate is not to be trusted
-    (None where it was not asked for).
+    log_likelihood: log (1/S) sum w, differentiable where the proposal is mean-field and nothing is smoothed; standard_error: of
+    it (delta method), in nats; effective_sample_size: Kish's, 1 .. S; pareto_k: tail shape of the weights, above 0.7 the
+    estimate is not to be trusted (None where it was not asked for). The last three are of the raw weights.
     """
 
     log_likelihood: Tensor
     standard_error: Tensor
     effective_sample_size: Tensor
     pareto_k: Tensor | None
-
-
-PARETO_VALUES = 2**19  # values held at once by the Pareto fit
-
-
-def tail_length(num_samples: int) -> int:
-    """How many of the largest weights the Pareto fit takes: min(S/5, 3 sqrt S) (Vehtari et al. 2024)."""
-    return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
-
-
-def pareto_k(top: Tensor) -> Tensor:
-    """Shape of a generalised Pareto distribution fitted to the largest importance weights of each row.
-
-    Args:
-        top: [..., M + 1] log-weights, largest first; the last one is the threshold.
-
-    Returns:
-        [...]: inf where at most 4 weights exceed the threshold (the estimator of Vehtari et al. needs 5).
-
-    Source:
-        Zhang & Stephens 2009 with the weak prior of Vehtari, Simpson, Gelman, Yao, Gabry 2024 (PSIS).
-    """
-    flat = top.reshape(-1, top.shape[-1])
-    rows = max(1, PARETO_VALUES // (flat.shape[-1] * (31 + math.isqrt(flat.shape[-1]))))
-    shapes = [_pareto_k(block) for block in flat.split(rows)] if len(flat) else [flat.new_empty(0)]
-    return torch.cat(shapes).reshape(top.shape[:-1])
-
-
-def _pareto_k(top: Tensor) -> Tensor:
-    """top [n, M + 1] -> [n]; holds n x M x (30 + sqrt M) values at once."""
-    scaled = (top.double() - top[..., :1].double()).exp()
-    threshold = scaled[..., -1:].clamp_min(torch.finfo(scaled.dtype).tiny)
-    x = (scaled[..., :-1] - threshold).clamp_min(0).flip(-1)  # ascending; 0 for ties with the threshold and what underflows
-    most = x.shape[-1]
-    if most < 5:
-        return torch.full(top.shape[:-1], math.inf, dtype=top.dtype, device=top.device)
-    count = (x > 0).sum(-1, keepdim=True)  # the fit is to the weights above the threshold alone
-    m = count.to(x.dtype)
-    grid = 30 + m.sqrt().floor()
-    quartile = x.gather(-1, (most - count + (m / 4 + 0.5).long() - 1).clamp(0, most - 1))
-    largest = x[..., -1:]
-    steps = torch.arange(1, 31 + math.isqrt(most), dtype=x.dtype, device=x.device)
-    b = (1 - torch.sqrt(grid / (steps - 0.5))) / (3 * quartile) + 1 / largest
-    k = torch.log1p(-b[..., None] * x[..., None, :]).sum(-1) / m
-    profile = m * (torch.log(-b / k) - k - 1)
-    weights = torch.softmax(torch.where(steps <= grid, profile, -math.inf), -1)
-    # Weights too small to matter are dropped before the mean, as in the published estimator.
-    weights = torch.where(weights >= 10 * torch.finfo(x.dtype).eps, weights, 0.0)
-    b_mean = (b * weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
-    shape = torch.log1p(-b_mean * x).sum(-1, keepdim=True) / m
-    shape = (m * shape + 10 * 0.5) / (m + 10)
-    return torch.where(count > 4, shape, math.inf)[..., 0].to(top.dtype)
-
-
-def as_mean_field(proposal: Any, x: Tensor, latent_dim: int) -> MeanField:
-    """A proposal as mean and log standard deviation [N, L]: None is the prior; torch's Normal (or Independent) is taken too.
-
-    Raises:
-        TypeError: anything else; InputError: wrong shapes.
-    """
-    if proposal is None:
-        zeros = x.new_zeros((x.shape[0], latent_dim))
-        return MeanField(zeros, zeros)
-    if isinstance(proposal, torch.distributions.Independent):
-        proposal = proposal.base_dist
-    if isinstance(proposal, torch.distributions.Normal):
-        proposal = MeanField(proposal.loc, proposal.scale.log())
-    if not (isinstance(proposal, tuple) and len(proposal) == 2):
-        raise TypeError(f"proposal must be q(x), a (mean, log_std) pair or a Normal, got {type(proposal).__name__}")
-    for name, value in zip(("proposal mean", "proposal log_std"), proposal, strict=True):
-        lib.check_tensor(name, value)
-        lib.check_like(name, value, "x", x)
-        if value.shape != (x.shape[0], latent_dim):
-            raise InputError(f"{name} must have shape {(x.shape[0], latent_dim)}, got {tuple(value.shape)}")
-    return MeanField(*proposal)
 
 
 def log_likelihood(
@@ -122,16 +53,23 @@ def log_likelihood(
     chunk_size: int | None = None,
     first_row: int = 0,
     pareto: bool | None = None,
+    pareto_smoothed: bool = False,
 ) -> LogLikelihood:
     """Importance-weighted log-likelihood of every row, log (1/S) sum_s p(x|z_s) p(z_s) / q(z_s|x).
 
     Memory does not depend on num_samples, forward or backward: samples are reduced as they come and drawn again in backward.
     As a loss: ``-lf.log_likelihood(model, x, proposal=q(x), num_samples=64).log_likelihood.mean()``.
 
+    A mean-field proposal goes through fused kernels where the decoder is recognised. Any other goes through plain torch in
+    chunks, for evaluation: without gradients, in as little memory, and a row of no weight at all is -inf, never NaN.
+
     Args:
         x: [N, D] (or [N, ...], flattened), the model's dtype and device.
         proposal: q(x) of a ``MeanFieldGaussian``, a (mean, log_std) pair of [N, L], a torch ``Normal``, or None for the prior.
-        num_samples: S. variance_inflation: factor on the proposal's variance (the paper evaluates with 2).
+            For evaluation, also a :class:`libi_fast.Proposal` (``FullCovariance``, ``GaussianMixture``, ``Defensive``,
+            ``laplace_proposal(model, x)``), torch's ``MultivariateNormal`` or ``MixtureSameFamily`` of N rows.
+        num_samples: S. variance_inflation: factor on the proposal's variance (the paper evaluates with 2), on every component's
+            of a mixture; of a defensive one the prior stays.
         gradient: 'reparameterized', 'sticking-the-landing' or 'doubly-reparameterized' (of the proposal's parameters).
         precision: of the matrix products of wide decoders on a GPU, whose sums stay float32; elsewhere all is 'ieee'. A
             product's terms err by 6e-8 of their size in 'ieee', 1e-6 in 'tf32x3', 5e-4 in 'tf32', 4e-3 in 'bf16'; log-weights
@@ -140,37 +78,36 @@ def log_likelihood(
             draws what the whole would.
         chunk_size: samples held at once; moves no bit of a recognised decoder's result, and any other's within 1e-6.
         pareto: compute Pareto k; None does so where no gradient is recorded.
+        pareto_smoothed: return the estimate from Pareto-smoothed weights (PSIS): the largest, which make it vary, are replaced
+            by quantiles of the distribution fitted to them, the largest raw weight being the most. Not differentiable.
 
     Returns:
         LogLikelihood of [N] tensors.
+
+    Warns:
+        ParetoWarning: Pareto k was computed and is above 0.7 for some rows, with what to use instead. Not where it is None,
+        num_samples 20 or fewer, or the caller this package itself: ``Method.log_likelihood`` and the command line return and
+        print k.
 
     Raises:
         InputError: shapes that do not fit, NaN or infinity in x (the row is named), values outside the likelihood's support,
         num_samples < 1, an unknown name. TypeError: wrong types or dtypes.
 
     Source:
-        Paper Eq 48; Burda et al. 2016; gradients Roeder et al. 2017, Tucker et al. 2019.
+        Paper Eq 48; Burda et al. 2016; gradients Roeder et al. 2017, Tucker et al. 2019; PSIS Vehtari et al. 2024.
     """
-    if not isinstance(model, LatentVariableModel):
-        raise TypeError(f"model must be a LatentVariableModel, got {type(model).__name__}")
-    lib.check_tensor("x", x, 1)
+    x = check_rows(model, x)
     lib.check_index("num_samples", num_samples, random.INDEX_LIMIT)
     if precision not in op.PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(map(repr, op.PRECISIONS))}, got {precision!r}")
     lib.check_positive("variance_inflation", variance_inflation)
-    if x.dtype != model.dtype:
-        raise TypeError(f"x is {x.dtype} but the model is {model.dtype}; convert one of them")
-    device = next((p.device for p in model.parameters()), x.device)
-    if x.device != device:
-        raise InputError(f"x is on {x.device} but the model is on {device}; they must agree")
-    x = x.flatten(1) if x.dim() > 1 else x[:, None]
-    lib.check_finite("x", x)
     if not torch.compiler.is_compiling():
         model.likelihood.check(x)
-    mean, log_std = as_mean_field(proposal, x, model.latent_dim)
+    q = as_proposal(proposal, x, model.latent_dim)
     if pareto is None:
-        pareto = not (torch.is_grad_enabled() and _needs_gradient(model, x, mean, log_std))
-    tail = tail_length(num_samples) + 1 if pareto and num_samples else 0
+        evaluation = pareto_smoothed or not torch.is_grad_enabled()
+        pareto = evaluation or isinstance(q, Proposal) or not _needs_gradient(model, x, *q)
+    tail = tail_length(num_samples) + 1 if (pareto or pareto_smoothed) and num_samples else 0
     settings = op.Settings(
         num_samples, gradient, min(tail, num_samples), first_row, 0, Stream.PROPOSAL,
         op.DEFAULT_CHUNK if chunk_size is None else chunk_size, precision, lib.current_backend(backend),
@@ -179,7 +116,29 @@ def log_likelihood(
     if first_row + x.shape[0] > random.INDEX_LIMIT or num_samples * model.latent_dim > 4 * random.INDEX_LIMIT:
         raise InputError("a row index past 2^32 or num_samples * latent_dim past 2^34 does not fit the random numbers' counter")
     key = random.as_seed(seed, x.device)
-    log_scale = log_std + 0.5 * math.log(variance_inflation)
+    if isinstance(q, Proposal):
+        q = q if variance_inflation == 1 else q.inflated(variance_inflation)
+        estimate = _any_proposal(model, x, q, key, settings, chunk_size)
+    else:
+        log_scale = q.log_std + 0.5 * math.log(variance_inflation)
+        estimate = _mean_field(model, x, q.mean, log_scale, key, settings, chunk_size)
+    value, effective, top = estimate
+    shape = None
+    if pareto or pareto_smoothed:
+        fitted = fit(top)
+        shape = fitted.shape.to(x.dtype)
+        if pareto_smoothed:
+            value = smoothed_log_likelihood(value.detach(), fitted, top, num_samples)
+        if not torch.compiler.is_compiling() and not called_by_the_library():
+            warn_where_unreliable(shape, effective, num_samples)
+    return LogLikelihood(value, op.standard_error(effective, num_samples), effective, shape if pareto else None)
+
+
+def _mean_field(
+    model: LatentVariableModel, x: Tensor, mean: Tensor, log_scale: Tensor, key: Tensor, settings: op.Settings,
+    chunk_size: int | None,
+) -> op.Estimate:  # fmt: skip
+    """By the fused kernels, or streamed where they do not know the decoder."""
     known = type(model.likelihood) in LIKELIHOODS
     recognised = recognise(model.decoder, model.likelihood.name) if known else None
     replicas = random.as_replicas(None, x.device)
@@ -203,13 +162,46 @@ def log_likelihood(
             named = {f"model.{name}": leaf for name, leaf in zip(names, leaves, strict=True)}
             return functional_call(method, named, (rows[:, :, None], z))
 
-        widest = max([x.shape[-1], model.latent_dim, *(max(p.shape) for p in parameters if p.dim())])
         estimate = op.importance_streamed(
-            x[None], mean[None], log_scale[None], log_prob, parameters, key, replicas, settings, widest, chunk_size
-        )
-    value, effective, top = (part[0] for part in estimate)
-    shape = pareto_k(top) if pareto else None
-    return LogLikelihood(value, op.standard_error(effective, num_samples), effective, shape)
+            x[None], mean[None], log_scale[None], log_prob, parameters, key, replicas, settings, widest_layer(model, x),
+            chunk_size,
+        )  # fmt: skip
+    return op.Estimate(*(part[0] for part in estimate))
+
+
+@torch.no_grad()
+def _any_proposal(
+    model: LatentVariableModel, x: Tensor, q: Proposal, key: Tensor, settings: op.Settings, chunk_size: int | None
+) -> op.Estimate:
+    """Tile after tile, with the draws of a mean-field proposal: number sample * L + latent of a row; and, of stream MIXTURE,
+    number sample for the choice of a component."""
+    model.check(x)
+    n, latent_dim = x.shape[0], model.latent_dim
+    budget = max(1, reference.TILE_VALUES // max(widest_layer(model, x), q.components * latent_dim))
+    row_step = max(1, min(n, budget))
+    sample_step = min(settings.num_samples, chunk_size or max(1, budget // row_step))
+    common: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "backend": settings.backend}
+    parts = []
+    for rows in reference.blocks(n, row_step):
+        count, first_row = rows.stop - rows.start, settings.first_row + rows.start
+        sums = reference.Sums.empty((count,), settings.tail, x)
+        for samples in reference.blocks(settings.num_samples, sample_step):
+            first, size = samples.start, samples.stop - samples.start
+            noise = philox_normal(
+                key, count, size * latent_dim, first_row=first_row, first_draw=first * latent_dim, stream=settings.stream,
+                **common,
+            ).unflatten(-1, (size, latent_dim))  # fmt: skip
+            uniform = None
+            if q.needs_uniform:
+                uniform = philox_uniform(
+                    key, count, size, first_row=first_row, first_draw=first, stream=Stream.MIXTURE, **common
+                )
+            z = q.draw(noise, uniform, rows)
+            sums = sums.merge(log_joint(model, x[rows], z) - q.log_prob(z, rows))
+        parts.append(sums.results(settings.num_samples))
+    if not parts:
+        return op.Estimate(x.new_empty(0), x.new_empty(0), x.new_empty((0, settings.tail)))
+    return op.Estimate(*(torch.cat(p) for p in zip(*parts, strict=True)))
 
 
 class _LogProb(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Sampling importance resampling in C++: against the reference, against closed forms, the same bits whatever shares the work."""
+"""Sampling importance resampling in C++: against the reference, by its weights, the same bits whatever shares the work."""
 
 from __future__ import annotations
 

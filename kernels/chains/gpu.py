@@ -2,15 +2,15 @@ r"""Chains of reference.py in Triton for narrow decoders (those of ../importance
 
     a_j = b_j + sum_l W_jl z_l   h_j = act(a_j)   o_d = c_d + sum_j V_dj h_j   J_dl = d o_d / d z_l = sum_j V_dj act'(a_j) W_jl
 
-A lane has a chain, from the first transition to the last, in registers; lanes run through the chains of all rows of a replica, so
-rows with few chains share a program. J is accumulated along with o: nothing is stored, no unit is seen twice. Going back through
-the units instead costs 3 L + 2 D + 2 A instructions a unit, A those of an activation; this costs 2 L + D + L D + A, which for all
-L + D <= 8 and any activation but relu and identity is less. For 2-50(tanh)-2 that is 16.5 and 2.5 loads, shared by a thread's
-chains: a pair of units comes as one 64-bit word a parameter.
+A lane has a chain, from the first transition to the last, in registers; lanes run through the chains of all rows of a
+replica, so rows with few chains share a program. J is accumulated along with o: nothing is stored, no unit is seen twice.
+Going back through the units instead costs 3 L + 2 D + 2 A instructions a unit, A those of an activation; this costs 2 L + D +
+L D + A, which for all L + D <= 8 and any activation but relu and identity is less. For 2-50(tanh)-2 that is 16.5 and 2.5
+loads, shared by a thread's chains: a pair of units comes as one 64-bit word a parameter.
 
 The units are added up in two halves. With few chains a card would be half empty: there two lanes share a chain, each takes a
-half, and both go through the rest side by side. So neither that nor a program's size moves a bit: a chain's numbers depend on its
-own counters alone.
+half, and both go through the rest side by side. So neither that nor a program's size moves a bit: a chain's numbers depend on
+its own counters alone.
 
 log pi is held without its constants, which what is kept gets back: they would only cost digits of the energy's change.
 """
@@ -268,7 +268,7 @@ def chains_kernel(
     n0, n1, n2, n3 = zeros_of(4, BLOCK, LANES)
     v0, v1, v2, v3 = zeros_of(4, BLOCK, LANES)
     for t in range(0, transitions):
-        time = tl.cast(first_transition, tl.uint64) + t
+        time = (tl.cast(first_transition, tl.int64) + t).to(tl.uint64)
         if (time % 2 == 0) | (t == 0):
             block = (time // 2).to(tl.uint32) + 0 * number
             v0, v1, v2, v3 = uniform4(key, counter, block, number, acceptance_use)

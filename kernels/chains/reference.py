@@ -11,10 +11,11 @@ anew in each transition, so that no trajectory is periodic. With noise u ~ N(0, 
 (h u is a velocity under the mass matrix diag(sigma)^-2), and accepts where log v' < -dH, v' uniform, dH the change of
 |u|^2 / 2 - log pi(z), or of -log pi(z) for random-walk. A proposal with dH > 1000 or not a number is a divergence.
 
-With a target delta > 0 each chain adapts eps by dual averaging (Hoffman & Gelman 2014, algorithm 5): after transition t = 1, 2, ..
-with acceptance probability a,
+With a target delta > 0 each chain adapts eps by dual averaging (Hoffman & Gelman 2014, algorithm 5): after transition
+t = 1, 2, .. with acceptance probability a, and with mu = log(10 eps) of the beginning,
 
-    b = (1 - 1/(t + t0)) b + (delta - a)/(t + t0),   log eps = mu - b sqrt(t)/gamma,   log eps' = t^-kappa log eps + (1 - t^-kappa) log eps'
+    b = (1 - 1/(t + t0)) b + (delta - a)/(t + t0),    log eps  = mu - b sqrt(t)/gamma,
+                                                      log eps' = t^-kappa log eps + (1 - t^-kappa) log eps'
 
 and eps' is returned. Counters: momenta of a chain form one sequence over its transitions, draw t L + l of stream MOMENTUM with
 the chain as repetition; v' and v are draws 2 t and 2 t + 1 of stream ACCEPTANCE.
@@ -71,7 +72,9 @@ class Noise(NamedTuple):
     normal: Callable[..., Tensor]
     uniform: Callable[..., Tensor]
 
-    def draw(self, kind: Callable[..., Tensor], stream: int, each: int, rows: slice, chains: int, transitions: slice, like: Tensor):
+    def draw(
+        self, kind: Callable[..., Tensor], stream: int, each: int, rows: slice, chains: int, transitions: slice, like: Tensor
+    ) -> Tensor:
         """[R, n, C, t, each]: draws each * t .. of every chain's sequence."""
         count = transitions.stop - transitions.start
         first = (rows.start, rows.stop - rows.start, transitions.start * each, count * each)
@@ -88,8 +91,8 @@ def reference_uniform(*args) -> Tensor:
 
 
 class Result(NamedTuple):
-    """z [R, N, C, kept, L] and log_density [R, N, C, kept] after each ``thinning`` transitions; of each chain [R, N, C] the step
-    size (adapted where asked for), the mean acceptance probability, and the divergences (int64)."""
+    """z [R, N, C, kept, L] and log_density [R, N, C, kept] after each ``thinning`` transitions; of each chain [R, N, C] the
+    step size (adapted where asked for), the mean acceptance probability, and the divergences (int64)."""
 
     z: Tensor
     log_density: Tensor
@@ -131,7 +134,9 @@ def _propose(density: Density, rows: slice, z: Tensor, gradient: Tensor, u: Tens
     return z, value, gradient, u
 
 
-def _run_rows(density: Density, rows: slice, z: Tensor, step: Tensor, scale: Tensor, noise: Noise, settings: Settings) -> Result:
+def _run_rows(
+    density: Density, rows: slice, z: Tensor, step: Tensor, scale: Tensor, noise: Noise, settings: Settings
+) -> Result:
     chains, latents = z.shape[-2:]
     value, gradient = density(rows, z)
     adaptation = _Adaptation(step, settings.target)

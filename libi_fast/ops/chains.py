@@ -101,8 +101,12 @@ def check_settings(settings: Settings, latent_dim: int) -> None:
         raise InputError(f"jitter must lie in [0, 1), got {settings.jitter}")
     if not 0 <= settings.target < 1:
         raise InputError(f"target_acceptance must lie in (0, 1), got {settings.target}")
-    if (settings.first_transition + settings.transitions) * max(latent_dim, 2) > 4 * random.INDEX_LIMIT:
-        raise InputError("transitions * latent_dim past 2^34 does not fit the random numbers' counter")
+    last = settings.first_transition + settings.transitions
+    if last > random.INDEX_LIMIT or last * latent_dim > 4 * random.INDEX_LIMIT:
+        raise InputError(
+            f"warmup and counted transitions, {last}, are past 2^32, or times {latent_dim} latents past 2^34: that does not "
+            "fit the random numbers' counter"
+        )
 
 
 def chains_of_layers(

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     MODEL_SAMPLE = 7
     FREQUENCIES = 8
     CONSTRAINTS = 9
+    MIXTURE = 10  # which component of a mixture a sample comes from
 
 
 INDEX_LIMIT = 2**32

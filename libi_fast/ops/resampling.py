@@ -33,11 +33,11 @@ class Resampling(NamedTuple):
 
 
 def uniforms(
-    seed: Tensor, replicas: Tensor, first_row: int, rows: int, count: int, repetition: int, dtype: torch.dtype, backend: str = ""
-) -> Tensor:
+    seed: Tensor, replicas: Tensor, first_row: int, rows: int, count: int, repetition: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
     """What chooses the draws of each row, [R, rows, count]."""
     stream = int(Stream.RESAMPLING)
-    return random._philox(seed, replicas, first_row, rows, 0, count, repetition, stream, "uniform", dtype, backend)
+    return random._philox(seed, replicas, first_row, rows, 0, count, repetition, stream, "uniform", dtype, "")
 
 
 def _reference(x, mean, log_scale, *rest):
