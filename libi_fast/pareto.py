@@ -31,12 +31,12 @@ def tail_length(num_samples: int) -> int:
 class ParetoFit(NamedTuple):
     """Of each row, [...] float64; weights in units of the row's largest.
 
-    shape: k, inf where at most 4 weights exceed the threshold; count: how many do; raw: their sum; smoothed: that of what
+    shape: k, inf where at most 4 weights exceed the threshold; above: how many do; raw: their sum; smoothed: that of what
     replaces them, raw itself where there is no fit; threshold.
     """
 
     shape: Tensor
-    count: Tensor
+    above: Tensor
     raw: Tensor
     smoothed: Tensor
     threshold: Tensor
@@ -120,7 +120,7 @@ def smoothed_log_likelihood(log_likelihood: Tensor, tail: ParetoFit, top: Tensor
     """
     largest = top[..., 0].double()
     total = (log_likelihood.double() + math.log(num_samples) - largest).exp()
-    most = (num_samples - tail.count) * tail.threshold
+    most = (num_samples - tail.above) * tail.threshold
     body = torch.minimum((total - tail.raw).clamp_min(0), most)
     value = largest + (body + tail.smoothed).log() - math.log(num_samples)
     return torch.where(tail.smoothed == tail.raw, log_likelihood, value.to(log_likelihood.dtype))

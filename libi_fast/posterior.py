@@ -155,7 +155,7 @@ class _Chains:
         common: dict[str, Any] = {
             "first_row": self.settings.first_row + rows.start, "dtype": self.x.dtype, "device": self.x.device,
         }  # fmt: skip
-        uses = [{"repetition": chain, "stream": Stream.INITIALISATION} for chain in range(self.chains)]
+        uses: list[dict[str, Any]] = [{"repetition": chain, "stream": Stream.INITIALISATION} for chain in range(self.chains)]
         noise = torch.stack([philox_normal(self.key, count, self.model.latent_dim, **common, **use) for use in uses], 1)
         if isinstance(q, MeanField):
             mean, log_std = q.mean[rows], q.log_std[rows]
@@ -163,7 +163,7 @@ class _Chains:
         uses = [{"repetition": chain, "stream": Stream.MIXTURE} for chain in range(self.chains)]
         uniform = torch.cat([philox_uniform(self.key, count, 1, **common, **use) for use in uses], 1)
         # Its standard deviations from a few draws more: any proposal can do that much.
-        more = {"repetition": self.chains, **common}
+        more: dict[str, Any] = {"repetition": self.chains, **common}
         extra = philox_normal(self.key, count, SCALE_DRAWS * self.model.latent_dim, stream=Stream.INITIALISATION, **more)
         which = philox_uniform(self.key, count, SCALE_DRAWS, stream=Stream.MIXTURE, **more)
         draws = q.draw(extra.unflatten(1, (SCALE_DRAWS, -1)), which, rows)

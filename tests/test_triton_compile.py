@@ -18,6 +18,8 @@ if importlib.util.find_spec("triton") is None:
 from offline import TARGETS, Key, Resources, key_of, resources
 
 from libi_fast.kernels import gpu
+from libi_fast.kernels.chains import gpu as chains
+from libi_fast.kernels.chains.reference import Noise, Settings, reference_uniform
 from libi_fast.kernels.importance import gpu as importance
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
 from libi_fast.kernels.log_mean_exp import gpu as log_mean_exp
@@ -71,8 +73,21 @@ def log_mean_exp_launches(rows: int, samples: int) -> list[gpu.Launch]:
     return launches
 
 
+def chains_launches(model: Decoder, rows: int, count: int, method: str = "hmc", target: float = 0.0) -> list[gpu.Launch]:
+    latent_dim, outputs = model.weights[0].shape[-1], model.weights[-1].shape[-2]
+    x, log_scale = torch.empty(1, rows, outputs, device=META), torch.empty(1, rows, latent_dim, device=META)
+    z, step = torch.empty(1, rows, count, latent_dim, device=META), torch.empty(1, rows, count, device=META)
+    seed, replicas = torch.empty((), dtype=torch.int64, device=META), torch.empty(1, dtype=torch.int64, device=META)
+    noise = Noise(seed, replicas, (1, 2), reference_normal, reference_uniform)
+    with gpu.recorded() as launches:
+        chains.run(x, z, step, log_scale, model, noise, Settings(method, 1000, 8, target=target))
+    return launches
+
+
 W2 = decoder([2, 50, 2], "tanh", "gaussian")
 WIDEST_NARROW = decoder([7, 256, 1], "gelu", "bernoulli")  # the most registers of all that the narrow kernels take
+WIDEST_JACOBIAN = decoder([4, 100, 4], "gelu", "gaussian")
+DEAREST_PAIR = decoder([2, 50, 2], "gelu", "bernoulli", output="silu")  # of those whose chains share a thread
 WIDE = decoder([8, 100, 30], "gelu", "gaussian", output="sigmoid")  # the dearest activation, every gradient
 W3 = decoder([50, 200, 200, 784], "tanh", "bernoulli")
 # The workloads on which speed is quoted, at the sizes of a GPU.
@@ -87,6 +102,17 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
     "W4a": lambda: importance_launches(W2, 10_000, 512, backward=True),
     **{f"W3 {p}": functools.partial(importance_launches, W3, 10_000, 5000, False, p) for p in PRECISIONS},
     **{f"W4b {p}": functools.partial(importance_launches, W3, 1024, 512, True, p) for p in PRECISIONS},
+    "W7": lambda: [  # few chains and many; as they warm up, and after
+        *chains_launches(W2, 100, 64, target=0.8),
+        *chains_launches(W2, 10_000, 64, target=0.8),
+        *chains_launches(W2, 10_000, 64),
+    ],
+    "chains, most registers": lambda: [
+        *chains_launches(WIDEST_NARROW, 100, 64, target=0.8),
+        *chains_launches(WIDEST_JACOBIAN, 1000, 64, target=0.8),
+        *chains_launches(DEAREST_PAIR, 10_000, 64, "random-walk", 0.3),
+        *chains_launches(DEAREST_PAIR, 10_000, 64, target=0.8),
+    ],
     "wide, everything": lambda: [
         *importance_launches(WIDE, 1000, 512, backward=False, tail=9),
         *importance_launches(WIDE, 1000, 512, backward=True, kind="doubly-reparameterized", wanted=(True, True)),

@@ -224,8 +224,10 @@ def chains_kernel(
     size = tl.cast(rows, tl.int64) * chains
     blocks = tl.cdiv(size, BLOCK)
     replica = program // blocks
-    lane = tl.arange(0, LANES)[None, :]
-    own = program % blocks * BLOCK + tl.arange(0, BLOCK)[:, None] + 0 * lane
+    # Of full shape at once: one that is broadcast later would have a layout of its own, and compile for long.
+    slot = tl.reshape(tl.arange(0, BLOCK * LANES), (BLOCK, LANES))
+    lane = slot % LANES
+    own = program % blocks * BLOCK + slot // LANES
     valid = (own < size) & (lane == 0)
     own = tl.minimum(own, size - 1)  # lanes beyond repeat the last chain
     row = own // chains
@@ -252,24 +254,24 @@ def chains_kernel(
         z = z + (tl.load(z_start + own * L + l),)
         scale = scale + (exp(tl.load(log_scale + (replica * rows + row) * L + l)),)
 
-    sums = decode(z, table, bias, L, D, STEPS, UNROLL, ACTIVATION, not WALK, BLOCK, LANES)
-    value = log_density_of(sums, z, x_d, precisions, L, D, OUTPUT, LIKELIHOOD)
-    gradient = ()
-    if not WALK:
-        gradient = gradient_of(sums, z, x_d, precisions, L, D, ACTIVATION, OUTPUT, LIKELIHOOD)
     eps = tl.load(step_start + own)
     if ADAPT:
         mu = tl.log(10.0 * eps)
         averaged = tl.log(eps)
         missed = tl.zeros((BLOCK, LANES), tl.float32)
+    value = tl.zeros((BLOCK, LANES), tl.float32)
+    gradient = ()
+    if not WALK:
+        gradient = zeros_of(L, BLOCK, LANES)
     accepted = tl.zeros((BLOCK, LANES), tl.float64)
     diverged = tl.zeros((BLOCK, LANES), tl.int32)
     # The counters' last four draws, each used once: blocks are made where a sequence enters them.
     n0, n1, n2, n3 = zeros_of(4, BLOCK, LANES)
     v0, v1, v2, v3 = zeros_of(4, BLOCK, LANES)
-    for t in range(0, transitions):
+    # Transition -1 takes one step of length 0, and takes it always: so the start is evaluated by the code of all others.
+    for t in range(-1, transitions):
         time = (tl.cast(first_transition, tl.int64) + t).to(tl.uint64)
-        if (time % 2 == 0) | (t == 0):
+        if (time % 2 == 0) | (t < 0):
             block = (time // 2).to(tl.uint32) + 0 * number
             v0, v1, v2, v3 = uniform4(key, counter, block, number, acceptance_use)
         even = time % 2 == 0
@@ -279,12 +281,12 @@ def chains_kernel(
         h = ()
         for l in tl.static_range(L):
             i = time * L + l
-            if (i % 4 == 0) | ((t == 0) & (l == 0)):
+            if (i % 4 == 0) | ((t < 0) & (l == 0)):
                 block = (i // 4).to(tl.uint32) + 0 * number
                 n0, n1, n2, n3 = normals4(key, counter, block, number, momentum_use)
             drawn = tl.where(i % 4 < 2, tl.where(i % 4 == 0, n0, n1), tl.where(i % 4 == 2, n2, n3))
             u = u + (drawn,)
-            h = h + (jittered * scale[l],)
+            h = h + (tl.where(t < 0, 0.0, jittered * scale[l]),)
 
         # A proposal, and what log pi + kinetic energy loses by it.
         if WALK:
@@ -303,14 +305,16 @@ def chains_kernel(
             for l in tl.static_range(L):
                 kicked = kicked + (u[l] + 0.5 * h[l] * gradient[l],)
             u = kicked
-            for k in range(0, leapfrogs):
+            sums = zeros_of(D + D * L, BLOCK, LANES)
+            steps = tl.where(t < 0, 1, leapfrogs)
+            for k in range(0, steps):
                 there = ()
                 for l in tl.static_range(L):
                     there = there + (moved[l] + h[l] * u[l],)
                 moved = there
                 sums = decode(moved, table, bias, L, D, STEPS, UNROLL, ACTIVATION, True, BLOCK, LANES)
                 slope = gradient_of(sums, moved, x_d, precisions, L, D, ACTIVATION, OUTPUT, LIKELIHOOD)
-                part = tl.where(k + 1 < leapfrogs, 1.0, 0.5)
+                part = tl.where(k + 1 < steps, 1.0, 0.5)
                 kicked = ()
                 for l in tl.static_range(L):
                     kicked = kicked + (u[l] + part * h[l] * slope[l],)
@@ -318,10 +322,7 @@ def chains_kernel(
             new_value = log_density_of(sums, moved, x_d, precisions, L, D, OUTPUT, LIKELIHOOD)
             gain = (new_value - value) - 0.5 * (squares_of(u, L) - before)
 
-        probability = tl.where(gain == gain, exp(tl.minimum(gain, 0.0)), 0.0)
-        accept = log_v < gain  # never where it is not a number
-        accepted += probability.to(tl.float64)
-        diverged += tl.where(gain >= -DIVERGENCE, 0, 1)
+        accept = (log_v < gain) | (t < 0)  # never where gain is not a number
         value = tl.where(accept, new_value, value)
         new_z = ()
         new_gradient = ()
@@ -331,19 +332,23 @@ def chains_kernel(
                 new_gradient = new_gradient + (tl.where(accept, slope[l], gradient[l]),)
         z = new_z
         gradient = new_gradient
-        if ADAPT:
-            count = tl.cast(t + 1, tl.float32)
-            rate = 1.0 / (count + T0)
-            weight = tl.exp2(tl.log2(count) * -KAPPA)
-            missed = (1.0 - rate) * missed + rate * (target - probability)
-            log_step = mu - tl.sqrt(count) / GAMMA * missed
-            averaged = weight * log_step + (1.0 - weight) * averaged
-            eps = exp(log_step)
-        if (t + 1) % thinning == 0:
-            place = own * kept + t // thinning
-            tl.store(densities + place, value + constant, mask=valid)
-            for l in tl.static_range(L):
-                tl.store(draws + place * L + l, z[l], mask=valid)
+        if t >= 0:
+            probability = tl.where(gain == gain, exp(tl.minimum(gain, 0.0)), 0.0)
+            accepted += probability.to(tl.float64)
+            diverged += tl.where(gain >= -DIVERGENCE, 0, 1)
+            if ADAPT:
+                count = tl.cast(t + 1, tl.float32)
+                rate = 1.0 / (count + T0)
+                weight = tl.exp2(tl.log2(count) * -KAPPA)
+                missed = (1.0 - rate) * missed + rate * (target - probability)
+                log_step = mu - tl.sqrt(count) / GAMMA * missed
+                averaged = weight * log_step + (1.0 - weight) * averaged
+                eps = exp(log_step)
+            if (t + 1) % thinning == 0:
+                place = own * kept + t // thinning
+                tl.store(densities + place, value + constant, mask=valid)
+                for l in tl.static_range(L):
+                    tl.store(draws + place * L + l, z[l], mask=valid)
 
     if ADAPT:
         eps = exp(averaged)
@@ -402,7 +407,7 @@ def run(
 
     def launch(configuration: tuning.Configuration) -> None:
         lanes = configuration["lanes"]
-        block = 32 * configuration["warps"] * configuration["per_thread"] // lanes
+        block = (64 if gpu.amd() else 32) * configuration["warps"] * configuration["per_thread"] // lanes
         gpu.launch(
             chains_kernel, (replicas * triton.cdiv(rows * chains, block),),
             noise.seed, noise.replicas, x, z, step, log_scale, table, packed.bias, variance, *result,

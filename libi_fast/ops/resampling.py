@@ -40,8 +40,8 @@ def uniforms(
     return random._philox(seed, replicas, first_row, rows, 0, count, repetition, stream, "uniform", dtype, "")
 
 
-def _reference(x, mean, log_scale, *rest):
-    *rest, count = rest
+def _reference(x, mean, log_scale, *arguments):
+    *rest, count = arguments
     decoder, chosen, draws = _unpack(*rest)
 
     def of_rows(rows: slice) -> Tensor:
@@ -51,8 +51,8 @@ def _reference(x, mean, log_scale, *rest):
     return reference.forward_and_resample(x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.tail, of_rows)
 
 
-def _cpu(x, mean, log_scale, *rest):
-    *rest, count = rest
+def _cpu(x, mean, log_scale, *arguments):
+    *rest, count = arguments
     decoder, chosen, draws = _unpack(*rest)
     return native.resampling(
         x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.tail, count, int(Stream.RESAMPLING)
