@@ -87,7 +87,6 @@ def chains_launches(model: Decoder, rows: int, count: int, method: str = "hmc", 
 W2 = decoder([2, 50, 2], "tanh", "gaussian")
 WIDEST_NARROW = decoder([7, 256, 1], "gelu", "bernoulli")  # the most registers of all that the narrow kernels take
 WIDEST_JACOBIAN = decoder([4, 100, 4], "gelu", "gaussian")
-DEAREST_PAIR = decoder([2, 50, 2], "gelu", "bernoulli", output="silu")  # of those whose chains share a thread
 WIDE = decoder([8, 100, 30], "gelu", "gaussian", output="sigmoid")  # the dearest activation, every gradient
 W3 = decoder([50, 200, 200, 784], "tanh", "bernoulli")
 # The workloads on which speed is quoted, at the sizes of a GPU.
@@ -106,12 +105,11 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
         *chains_launches(W2, 100, 64, target=0.8),
         *chains_launches(W2, 10_000, 64, target=0.8),
         *chains_launches(W2, 10_000, 64),
+        *chains_launches(W2, 10_000, 64, "random-walk"),
     ],
     "chains, most registers": lambda: [
         *chains_launches(WIDEST_NARROW, 100, 64, target=0.8),
         *chains_launches(WIDEST_JACOBIAN, 1000, 64, target=0.8),
-        *chains_launches(DEAREST_PAIR, 10_000, 64, "random-walk", 0.3),
-        *chains_launches(DEAREST_PAIR, 10_000, 64, target=0.8),
     ],
     "wide, everything": lambda: [
         *importance_launches(WIDE, 1000, 512, backward=False, tail=9),

@@ -3,10 +3,14 @@ r"""Chains of reference.py in Triton for narrow decoders (those of ../importance
     a_j = b_j + sum_l W_jl z_l   h_j = act(a_j)   o_d = c_d + sum_j V_dj h_j   J_dl = d o_d / d z_l = sum_j V_dj act'(a_j) W_jl
 
 A lane has a chain, from the first transition to the last, in registers; lanes run through the chains of all rows of a
-replica, so rows with few chains share a program. J is accumulated along with o: nothing is stored, no unit is seen twice.
-Going back through the units instead costs 3 L + 2 D + 2 A instructions a unit, A those of an activation; this costs 2 L + D +
-L D + A, which for all L + D <= 8 and any activation but relu and identity is less. For 2-50(tanh)-2 that is 16.5 and 2.5
-loads, shared by a thread's chains: a pair of units comes as one 64-bit word a parameter.
+replica, so rows with few chains share a program. J is accumulated along with o: nothing is stored, no unit is seen twice. With
+A instructions for an activation and its slope that is 2 L + D + L D + A a unit; going back through the units would be
+3 L + 2 D + 2 A, less only where L D > L + D + A: never for tanh and L + D <= 7, by 3% for 4-4, by more for a wide relu.
+
+2-50(tanh)-2 takes 16.5 instructions a unit, 1.5 of them special functions (12 cycles of their own pipe), and 2.5 loads, which
+the chains of a thread share: a pair of units comes as one 64-bit word a parameter. With what a leapfrog (70) and a transition
+(360) take besides, 1015 a leapfrog where there are 8 of them and two chains a thread: at most 3.0e10 leapfrogs a second of an
+H200's 528 schedulers at 1.8 GHz.
 
 The units are added up in two halves. With few chains a card would be half empty: there two lanes share a chain, each takes a
 half, and both go through the rest side by side. So neither that nor a program's size moves a bit: a chain's numbers depend on
@@ -47,6 +51,7 @@ GAMMA, T0, KAPPA = tl.constexpr(reference.GAMMA), tl.constexpr(reference.T0), tl
 DIVERGENCE = tl.constexpr(reference.DIVERGENCE)
 LN_2 = tl.constexpr(0.6931471805599453)
 FEW, MANY = 2**15, 2**18  # chains: fewer have two lanes each, more share a thread
+CHEAP = ("logistic", "relu", "leaky_relu")  # activations
 
 
 def refusal(decoder: Decoder) -> str | None:
@@ -375,13 +380,13 @@ def pair(packed: gpu_narrow.Packed) -> Paired:
     return Paired(table.view(torch.int64)[..., 0], steps)
 
 
-def _candidates(chains: int, values: int) -> list[tuning.Configuration]:
+def _candidates(chains: int, values: int, activation: str) -> list[tuning.Configuration]:
     """(warps, chains or halves of chains a thread, lanes of a chain); the first is the fixed choice."""
     if chains < FEW:
         fixed = (1, 1, 2)
-    else:
-        fixed = (1, 2 if chains >= MANY and values <= 4 else 1, 1)
-    others = [(1, 1, 1), (1, 2, 1), (1, 4, 1), (4, 1, 1), (4, 2, 1), (1, 1, 2), (1, 2, 2)]
+    else:  # two chains of a thread share its loads, where these count and registers are left
+        fixed = (1, 2 if chains >= MANY and values <= 4 and activation in CHEAP else 1, 1)
+    others = [(1, 1, 1), (1, 2, 1), (4, 1, 1), (4, 2, 1), (1, 1, 2)]
     return [{"warps": w, "per_thread": p, "lanes": n} for w, p, n in dict.fromkeys((fixed, *others))]
 
 
@@ -424,5 +429,5 @@ def run(
         "likelihood": decoder.likelihood, "method": settings.method, "adapt": settings.target > 0, "chains": step.numel(),
     }  # fmt: skip
     with gpu.device_of(x):
-        launch(tuning.choose("chains", problem, _candidates(step.numel(), latent_dim + outputs), launch))
+        launch(tuning.choose("chains", problem, _candidates(step.numel(), latent_dim + outputs, packed.activation), launch))
     return result._replace(divergences=result.divergences.long())
