@@ -323,7 +323,7 @@ def test_resampling_warns_of_heavy_tails() -> None:
         ({"x": torch.full((2, 3), math.nan)}, "x holds nan at row 0"),
         ({"x": torch.zeros(2, 4)}, "x does not fit the model"),
         ({"backend": "cuda"}, "backend must be one of"),
-        ({"warmup": 2**32 - 3}, "warmup and counted transitions"),
+        ({"warmup": 2**32 - 1}, "warmup and counted transitions"),
     ],
 )
 def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
