@@ -30,6 +30,8 @@ class Case(NamedTuple):
     forms: Callable[[], Iterator[Form]]
     whole: Callable[[Found], dict[str, Any]] | None  # whether a whole run of a peer, with its own noise, agrees with ours
     bound: Callable[[], dict[str, Any]]
+    # More than the time of a run: (the runs of ours and of the fastest form of each kind, their best ms) -> by form.
+    worth: Callable[[dict[str, Callable[[], Found]], dict[str, float]], dict[str, dict[str, Any]]] | None = None
 
 
 def numbers(value: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The workloads W1 to W6 on the CPU, beside every peer at its best.
+"""The workloads W1 to W7 on the CPU, beside every peer at its best.
 
 All in one process: peers are checked and tried one by one, then the fastest three of each kind and ours are timed in turns.
 A form that returns other numbers is refused and gets no time; where ours is wrong, nothing of the workload gets one. Memory
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, henze_zirkler, log_mean_exp, report, smooth_knn
+from benchmarks import cases, chains, henze_zirkler, log_mean_exp, report, smooth_knn
 from benchmarks.cases import Case
 from benchmarks.timing import ROUNDS, finish, interleaved, seconds
 from benchmarks.workloads import Form, Workload
 
-NAMES = ("W1", "W2", "W3", "W4a", "W4b", "W5", "W6")
-ALIASES = {"log_mean_exp": "W1", "henze_zirkler": "W5", "smooth_knn": "W6"}
+NAMES = ("W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7")
+ALIASES = {"log_mean_exp": "W1", "henze_zirkler": "W5", "smooth_knn": "W6", "chains": "W7"}
 FINALISTS = 3  # of each kind
 FEW = 20  # rows
 TRY_LIMIT = 240.0  # seconds of checking, compiling and trying one form above which larger chunks of its kind are left out
@@ -31,6 +31,8 @@ HOPELESS = 4.0  # times the fastest of its kind: one call is enough to know
 
 
 def cases_of(name: str, quick: bool) -> list[Case]:
+    if name == "W7":
+        return chains.cases(quick)
     if name == "W6":
         return smooth_knn.cases(400 if quick else smooth_knn.REPETITIONS)
     if name == "W5":
@@ -55,7 +57,8 @@ def measure_case(case: Case, peers: list[str] | None, rounds: int, memory_of: st
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 256  # each chunk's shape is one; beyond the limit torch would go on uncompiled
     torch._dynamo.config.accumulated_recompile_limit = 1024
-    result: dict[str, Any] = {"size": case.size, "ours": {"error": judged(case)}, "forms": {}, "absent": absent(peers)}
+    result: dict[str, Any] = {"size": case.size, "ours": {"error": judged(case)}, "forms": {}}
+    result["absent"] = absent(case.name, peers)
     if not result["ours"]["error"]["allowed"]:
         return result | {"refused": "ours is wrong"}
     print(f"\n{case.name}: {case.size}", flush=True)
@@ -67,8 +70,12 @@ def measure_case(case: Case, peers: list[str] | None, rounds: int, memory_of: st
         entry = result["ours"] if name == "libi_fast" else result["forms"][name]
         entry |= scaled | {"interleaved": True}
     ours = result["ours"]
+    best_of = {kind_of(n): n for n in sorted(runs, key=lambda n: -result["forms"].get(n, ours)["best ms"])}
+    if case.worth is not None:
+        milliseconds = {name: result["forms"].get(name, ours)["best ms"] for name in best_of.values()}
+        for name, found in case.worth({name: runs[name][0] for name in milliseconds}, milliseconds).items():
+            result["forms"].get(name, ours).update(found)
     if memory_of:
-        best_of = {kind_of(n): n for n in sorted(runs, key=lambda n: -result["forms"].get(n, ours)["best ms"])}
         for name in best_of.values():
             entry = ours if name == "libi_fast" else result["forms"][name]
             entry |= memory(memory_of, case.name, name)
@@ -88,10 +95,10 @@ def judged(case: Case) -> dict[str, Any]:
     return {**error, "of torch in float32": {k: by_torch[k] for k in known}, "allowed": bool(error["allowed"] and near)}
 
 
-def absent(peers: list[str] | None) -> dict[str, str]:
-    if importlib.util.find_spec("jax") is None and wanted("JAX", peers):
-        return {"JAX": "jax is not installed: pip install 'libi-fast[bench]'"}
-    return {}
+def absent(case: str, peers: list[str] | None) -> dict[str, str]:
+    needed = {"JAX": "jax"} | ({"BlackJAX": "blackjax", "NumPyro": "numpyro"} if case.startswith("W7") else {})
+    missing = {kind: name for kind, name in needed.items() if importlib.util.find_spec(name) is None and wanted(kind, peers)}
+    return {kind: f"{name} is not installed: pip install 'libi-fast[bench]'" for kind, name in missing.items()}
 
 
 def kind_of(name: str) -> str:

@@ -48,7 +48,7 @@ def main(workload: str, case: str, form: str) -> None:
 
     (found,) = (c for c in cpu.cases_of(workload, False) if c.name == case)
     run = found.ours if form == "libi_fast" else next(f for f in found.forms() if f.name == form).run
-    compiled = form.startswith(("torch.compile", "JAX"))
+    compiled = form.startswith(("torch.compile", "JAX", "BlackJAX", "NumPyro"))
     print(json.dumps({"peak bytes": peak_of(run, compiled)}))
 
 

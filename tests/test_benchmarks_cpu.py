@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as entry
-from benchmarks import accuracy, cases, cpu, log_mean_exp, memory, peak, plots, report, smooth_knn, workloads
+from benchmarks import accuracy, cases, chains, cpu, log_mean_exp, memory, peak, plots, report, smooth_knn, workloads
 from benchmarks.workloads import Form
 
 EAGER = ["torch eager"]
@@ -78,7 +78,7 @@ def test_ours_may_not_be_twice_as_far_as_torch():
     assert judged["allowed"] and judged["of torch in float32"]["mean value"] == torchs["mean value"]
 
 
-@pytest.mark.parametrize("name", ["W1", "W2", "W6"])
+@pytest.mark.parametrize("name", ["W1", "W2", "W6", "W7"])
 def test_a_wrong_ours_means_a_non_zero_exit(name, monkeypatch, tmp_path, capsys):
     if name == "W1":
         right = log_mean_exp.lf.log_mean_exp
@@ -91,6 +91,14 @@ def test_a_wrong_ours_means_a_non_zero_exit(name, monkeypatch, tmp_path, capsys)
             return call if backend == "reference" else lambda: tuple(f + 0.1 for f in call())
 
         monkeypatch.setattr(workloads, "ours", shifted)
+    elif name == "W7":
+        sampler = chains.ours
+
+        def moved(task):
+            (z, *rest), *others = sampler(task)().chunks[0], "nctl"
+            return lambda: chains.Drawn([(z + 0.1 * task.scale[:, None, None], *rest)], *others)
+
+        monkeypatch.setattr(chains, "ours", moved)
     else:
         statistic = smooth_knn.lf.smooth_knn
         off = {None: 0.1, "reference": 0.0}
@@ -156,11 +164,87 @@ def test_peers_of_smooth_knn(k):
     assert ("JAX" in seen) == (importlib.util.find_spec("jax") is not None)
 
 
+def few_chains() -> chains.Task:
+    """A decoder so small that it compiles at once."""
+    workload = workloads.WORKLOADS["W2"]._replace(widths=(2, 5, 2), variance=0.1, rows=4)
+    p = workloads.Problem.of(workload, "cpu")
+    z = p.mean[:, None] + 0.2 * torch.randn(4, 16, 2, generator=torch.Generator().manual_seed(0))
+    return chains.Task(p.pairs, 0.1, p.x, z, torch.full((4,), 0.4), torch.full((4, 2), 0.3), 30)
+
+
+def kinds_of_chains() -> list[str]:
+    names = [*chains.KINDS]
+    if importlib.util.find_spec("jax") is not None:
+        from benchmarks import chains_jax
+
+        names += [f"{kind}, {detail}".removesuffix(", ") for kind, detail in chains_jax.SWEPT if chains_jax.available(kind)]
+    return names
+
+
+@pytest.mark.parametrize("name", kinds_of_chains())
+def test_peers_of_chains(name, monkeypatch):
+    """From their own noise or ours the reference's states, and a run that agrees with ours, in every layout."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    torch.manual_seed(0)
+    task = few_chains()
+    case = chains.case(task)
+    if name in chains.KINDS:
+        monkeypatch.setattr(chains, "KINDS", {name: chains.KINDS[name]})
+        monkeypatch.setattr(chains, "TORCH_ROWS", {"": (2, 4)})
+        forms = [f for f in chains.forms(task, False) if f.name.startswith("torch")]
+    else:
+        from benchmarks import chains_jax
+        from benchmarks.chains_jax import Variant
+
+        kind, _, detail = name.partition(", ")
+        swept = {(kind, detail): [Variant(2), Variant(4, True, "unsafe_rbg")]}
+        forms = list(chains_jax.forms(task, swept))
+    assert len(forms) == 2 and all(f.name.startswith(name) for f in forms)
+    for form in forms:
+        found = form.check(*case.few)
+        judged = case.error(found)
+        assert judged["allowed"] and judged["followed to the end"] > 0.7, judged
+        z, log_density, acceptance = found.standard()
+        assert not case.error(chains.Drawn([(1.02 * z, log_density, acceptance)], "nctl", found.noise))["allowed"]
+        drawn = form.run()
+        assert [t.shape for t in drawn.standard()] == [(4, 16, 30, 2), (4, 16, 30), (4, 16)]
+        assert case.whole(drawn)["allowed"]
+
+
+def test_whole_runs_of_chains_that_are_refused():
+    """Whether or not the chains have converged: here they have not, and fresh noise agrees all the same."""
+    task = few_chains()
+    case = chains.case(task)
+    fresh = chains.Sampler("torch eager")
+    torch.manual_seed(1)
+    for step, agrees in ((1.0, True), (2.0, False)):  # other steps have the same law at last, but another acceptance
+        changed = task._replace(step=step * task.step)
+        drawn = chains.Drawn([fresh(changed, fresh.drawing(changed))], fresh.axes)
+        assert case.whole(drawn)["allowed"] == agrees
+    z, log_density, acceptance = case.ours().standard()
+    off = torch.randn(z.shape[:2], generator=torch.Generator().manual_seed(0))[..., None, None] * 1e-3
+    assert case.whole(chains.Drawn([(z + off, log_density, acceptance)], "nctl"))["allowed"]
+    assert not case.whole(chains.Drawn([(z + off + 0.01, log_density, acceptance)], "nctl"))["allowed"]
+
+
+def test_effective_samples_are_of_converged_rows(capsys):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 64, 100, 2, generator=generator)
+    z[1, :32] += 3.0  # half of the chains elsewhere
+    drawn = chains.Drawn([(z, z[..., 0], z[:, :, 0, 0])], "nctl")
+    found = chains.effective(few_chains(), {"libi_fast": lambda: drawn}, {"libi_fast": 500.0})["libi_fast"]
+    assert found["rows that converged"] == 2 and found["r-hat"] < 1.01 < 1.5 < found["r-hat of all rows"]
+    assert 0.8 < found["effective samples a second"] / (2 * 6400 / 0.5) < 1.2
+    assert found["leapfrogs a second"] == 4 * 16 * 30 * 8 / 0.5
+    assert "2 of 4 rows" in capsys.readouterr().out
+
+
 def test_peers_that_are_not_installed_are_listed(monkeypatch, tmp_path, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name in ("jax", "rich") else found(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name in ("jax", "numpyro", "rich") else found(name, *rest)
     )
+    assert set(cpu.absent("W7", None)) >= {"JAX", "NumPyro"} and not cpu.absent("W7", ["torch eager"])
     assert entry.main(["W1", "--quick", "--peers", "torch eager", "JAX", "--out", str(tmp_path)]) == 0
     (measured,) = json.loads((tmp_path / "W1.json").read_text())["results"].values()
     assert "libi-fast[bench]" in measured["absent"]["JAX"] and all(n.startswith("torch eager") for n in measured["forms"])
@@ -194,11 +278,20 @@ def test_aliases_and_what_is_written(tmp_path, capsys):
     assert "ours is faster by" in printed and "fastest peer" in printed and printed.count("-> ") == 4
 
 
+def test_chains_are_measured(tmp_path, capsys):
+    assert entry.main(["chains", "--quick", "--peers", *EAGER, "--out", str(tmp_path)]) == 0
+    measured = json.loads((tmp_path / "W7.json").read_text())["results"]["W7"]
+    for entry_of in (measured["ours"], measured["forms"][measured["peer"]]):
+        assert entry_of["leapfrogs a second"] > 0 and entry_of["r-hat of all rows"] > 1
+        assert entry_of["rows that converged"] >= entry_of["rows that converged in every run"]
+    assert "rows that converged in every run" in capsys.readouterr().out
+
+
 def test_other_names(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         entry.main(["W2", "W9", "--out", str(tmp_path)])
     assert "unknown: W9" in capsys.readouterr().err
-    assert [cpu.ALIASES[n] for n in ("log_mean_exp", "henze_zirkler", "smooth_knn")] == ["W1", "W5", "W6"]
+    assert [cpu.ALIASES[n] for n in ("log_mean_exp", "henze_zirkler", "smooth_knn", "chains")] == ["W1", "W5", "W6", "W7"]
     monkeypatch.setattr(accuracy, "digits", lambda: {"figure": 1})
     monkeypatch.setitem(entry.OTHERS, "digits", accuracy.digits)
     assert entry.main(["digits", "--out", str(tmp_path)]) == 0
@@ -209,7 +302,7 @@ def test_all_speeds_by_default(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(cpu, "measure", lambda name, *rest: asked.append(name) or {})
     assert entry.main(["--out", str(tmp_path)]) == 0
-    assert asked == ["W1", "W2", "W3", "W4a", "W4b", "W5", "W6"]
+    assert asked == ["W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7"]
 
 
 def test_sweep(tmp_path, capsys):
