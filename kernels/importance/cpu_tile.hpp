@@ -355,7 +355,7 @@ void run_layers(const Plan<T>& plan, int64_t r, T start, Space<T>& space, KeepOu
         const auto [units, inputs] = plan.shapes[i];
         const bool last = i + 1 == call.layers, plain = call.activations[i] == kIdentity;
         const Panels<T> slopes = space.slopes[i];
-        const auto run = activation<T, backward>(call.activations[i]);
+        const auto run = activation<T>(call.activations[i], backward);
         const auto act = [&](int64_t first, int64_t m, int64_t panel, T* values) {
             if (!plain) run(values, m, slopes.at + panel * slopes.stride + first * kPanel<T>);
         };
