@@ -11,16 +11,15 @@ from torch.func import functional_call
 
 from libi_fast.errors import InputError
 from libi_fast.kernels.importance import reference
-from libi_fast.models.laplace import log_joint
-from libi_fast.models.likelihoods import LIKELIHOODS, DiagonalGaussian
 from libi_fast.models.model import LatentVariableModel
-from libi_fast.models.networks import recognise
+from libi_fast.models.networks import recognise_model
 from libi_fast.models.proposals import Proposal, as_mean_field, as_proposal, check_rows, widest_layer
+from libi_fast.models.weighted import rows_at_once, weighted_tiles
 from libi_fast.ops import _library as lib
 from libi_fast.ops import importance as op
 from libi_fast.ops import random
-from libi_fast.ops.random import Stream, philox_normal, philox_uniform
-from libi_fast.pareto import called_by_the_library, fit, pareto_k, smoothed_log_likelihood, tail_length, warn_where_unreliable
+from libi_fast.ops.random import Stream
+from libi_fast.pareto import fit, pareto_k, smoothed_log_likelihood, tail_length, warn_where_unreliable
 
 __all__ = ["LogLikelihood", "as_mean_field", "log_likelihood", "pareto_k", "tail_length"]
 
@@ -86,8 +85,7 @@ def log_likelihood(
 
     Warns:
         ParetoWarning: Pareto k was computed and is above 0.7 for some rows, with what to use instead. Not where it is None,
-        num_samples 20 or fewer, or the caller this package itself: ``Method.log_likelihood`` and the command line return and
-        print k.
+        or num_samples 20 or fewer; ``Method.log_likelihood`` and the command line return and print k instead.
 
     Raises:
         InputError: shapes that do not fit, NaN or infinity in x (the row is named), values outside the likelihood's support,
@@ -129,7 +127,7 @@ def log_likelihood(
         shape = fitted.shape.to(x.dtype)
         if pareto_smoothed:
             value = smoothed_log_likelihood(value.detach(), fitted, top, num_samples)
-        if not torch.compiler.is_compiling() and not called_by_the_library():
+        if not torch.compiler.is_compiling():
             warn_where_unreliable(shape, effective, num_samples)
     return LogLikelihood(value, op.standard_error(effective, num_samples), effective, shape if pareto else None)
 
@@ -139,13 +137,11 @@ def _mean_field(
     chunk_size: int | None,
 ) -> op.Estimate:  # fmt: skip
     """By the fused kernels, or streamed where they do not know the decoder."""
-    known = type(model.likelihood) in LIKELIHOODS
-    recognised = recognise(model.decoder, model.likelihood.name) if known else None
+    recognised = recognise_model(model, x)
     replicas = random.as_replicas(None, x.device)
     if recognised is not None:
-        layers, parameters = recognised
+        layers, parameters, variance = recognised
         model.check_decoder(parameters[0].shape[-1], parameters[-2 if layers.has_bias[-1] else -1].shape[1], x.shape[-1])
-        variance = model.likelihood.variance[None] if isinstance(model.likelihood, DiagonalGaussian) else x.new_empty((1, 0))
         estimate = op.importance_layers(
             x[None], mean[None], log_scale[None], layers, parameters, variance, key, replicas, settings
         )
@@ -173,31 +169,13 @@ def _mean_field(
 def _any_proposal(
     model: LatentVariableModel, x: Tensor, q: Proposal, key: Tensor, settings: op.Settings, chunk_size: int | None
 ) -> op.Estimate:
-    """Tile after tile, with the draws of a mean-field proposal: number sample * L + latent of a row; and, of stream MIXTURE,
-    number sample for the choice of a component."""
+    """Tile after tile."""
     model.check(x)
-    n, latent_dim = x.shape[0], model.latent_dim
-    budget = max(1, reference.TILE_VALUES // max(widest_layer(model, x), q.components * latent_dim))
-    row_step = max(1, min(n, budget))
-    sample_step = min(settings.num_samples, chunk_size or max(1, budget // row_step))
-    common: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "backend": settings.backend}
     parts = []
-    for rows in reference.blocks(n, row_step):
-        count, first_row = rows.stop - rows.start, settings.first_row + rows.start
-        sums = reference.Sums.empty((count,), settings.tail, x)
-        for samples in reference.blocks(settings.num_samples, sample_step):
-            first, size = samples.start, samples.stop - samples.start
-            noise = philox_normal(
-                key, count, size * latent_dim, first_row=first_row, first_draw=first * latent_dim, stream=settings.stream,
-                **common,
-            ).unflatten(-1, (size, latent_dim))  # fmt: skip
-            uniform = None
-            if q.needs_uniform:
-                uniform = philox_uniform(
-                    key, count, size, first_row=first_row, first_draw=first, stream=Stream.MIXTURE, **common
-                )
-            z = q.draw(noise, uniform, rows)
-            sums = sums.merge(log_joint(model, x[rows], z) - q.log_prob(z, rows))
+    for rows in reference.blocks(x.shape[0], rows_at_once(model, x, q)):
+        sums = reference.Sums.empty((rows.stop - rows.start,), settings.tail, x)
+        for tile in weighted_tiles(model, x, q, key, settings, rows, chunk_size):
+            sums = sums.merge(tile.log_joint - tile.log_q)
         parts.append(sums.results(settings.num_samples))
     if not parts:
         return op.Estimate(x.new_empty(0), x.new_empty(0), x.new_empty((0, settings.tail)))

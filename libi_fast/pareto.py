@@ -7,7 +7,6 @@ Source: Zhang & Stephens 2009 with the weak prior of Vehtari, Simpson, Gelman, Y
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from typing import NamedTuple
 
@@ -148,8 +147,3 @@ def warn_where_unreliable(k: Tensor, effective_sample_size: Tensor, num_samples:
             f"more samples than {num_samples}; or, for codes, lf.sample_posterior(model, x, ..., method='hmc')"
         )
         warnings.warn(message, ParetoWarning, stacklevel=stacklevel + 1)
-
-
-def called_by_the_library(depth: int = 2) -> bool:
-    """Whether the caller ``depth`` frames up is this package: it reports k itself, for all blocks of rows together."""
-    return sys._getframe(depth).f_globals.get("__name__", "").partition(".")[0] == "libi_fast"

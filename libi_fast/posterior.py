@@ -18,9 +18,8 @@ from libi_fast.kernels.importance import reference
 from libi_fast.kernels.importance.reference import blocks
 from libi_fast.metrics.convergence import effective_sample_size, r_hat
 from libi_fast.models.laplace import log_joint
-from libi_fast.models.likelihoods import LIKELIHOODS, DiagonalGaussian
 from libi_fast.models.model import LatentVariableModel, MeanField, evaluation_mode
-from libi_fast.models.networks import recognise
+from libi_fast.models.networks import recognise_model
 from libi_fast.models.proposals import FullCovariance, Proposal, as_proposal, check_rows, widest_layer
 from libi_fast.models.weighted import weighted_tiles
 from libi_fast.ops import _library as lib
@@ -100,16 +99,6 @@ class PosteriorSamples:
         return arviz.from_dict(posterior={"z": z}, sample_stats={"lp": lp}, dims=dims)
 
 
-def _layers(model: LatentVariableModel, x: Tensor) -> tuple[importance.Layers, list[Tensor], Tensor] | None:
-    """What the fused kernels need of a model that they know."""
-    known = type(model.likelihood) in LIKELIHOODS
-    recognised = recognise(model.decoder, model.likelihood.name) if known else None
-    if recognised is None:
-        return None
-    variance = model.likelihood.variance[None] if isinstance(model.likelihood, DiagonalGaussian) else x.new_empty((1, 0))
-    return *recognised, variance
-
-
 @dataclass(frozen=True)
 class _Chains:
     """The chains of one call, on blocks of rows."""
@@ -134,7 +123,7 @@ class _Chains:
         """z [n, C, L], step [n, C], log_scale [n, L]; all results without the replica dimension."""
         model, x, replicas = self.model, self.x[rows], random.as_replicas(None, self.x.device)
         tensors = (z[None].contiguous(), step[None].contiguous(), log_scale[None].contiguous())
-        recognised = _layers(model, x)
+        recognised = recognise_model(model, x)
         if recognised is not None:
             result = op.chains_of_layers(x[None], *tensors, *recognised, self.key, replicas, settings, self.backend)
         else:
@@ -240,12 +229,13 @@ class _Resampling:
 
     @property
     def a_row(self) -> int:
-        kept = self.count if isinstance(self.proposal, MeanField) and _layers(self.model, self.x) else self.settings.num_samples
+        fused = isinstance(self.proposal, MeanField) and recognise_model(self.model, self.x) is not None
+        kept = self.count if fused else self.settings.num_samples
         return max(kept, self.count) * (self.model.latent_dim + 1)
 
     def sample(self, rows: slice) -> dict[str, Tensor]:
         """Draws and what is told of them, by the names of PosteriorSamples."""
-        recognised = _layers(self.model, self.x)
+        recognised = recognise_model(self.model, self.x)
         if recognised is not None and isinstance(self.proposal, MeanField):
             replicas = random.as_replicas(None, self.x.device)
             settings = self.settings._replace(first_row=self.settings.first_row + rows.start)

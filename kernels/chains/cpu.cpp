@@ -6,7 +6,6 @@
 //
 // A leapfrog of W7 (2-50-2) costs a register of chains 252 multiply-adds forward and 250 back, and 50 tanh.
 #include <algorithm>
-#include <atomic>
 
 #include "../importance/cpu_tile.hpp"
 
@@ -307,14 +306,11 @@ int run(const Chains& call) {
         if (!spaces[t].make(plan, true, Room<T>::size(plan))) return kOutOfMemory;
         rooms[t].make(plan, spaces[t].more());
     }
-    std::atomic<int64_t> next{0};
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
-    for (int64_t slot = 0; slot < threads; ++slot)
-        for (int64_t task = next++; task < tasks; task = next++) {
-            const int64_t group = task / plan.tiles;
-            run_tile(call, plan, group / plan.groups, group % plan.groups, task % plan.tiles * kTileSamples, spaces[slot],
-                     rooms[slot]);
-        }
+    share_out(threads, tasks, [&](int64_t slot, int64_t task) {
+        const int64_t group = task / plan.tiles;
+        run_tile(call, plan, group / plan.groups, group % plan.groups, task % plan.tiles * kTileSamples, spaces[slot],
+                 rooms[slot]);
+    });
     return kOk;
 }
 

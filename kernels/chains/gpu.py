@@ -42,8 +42,8 @@ from libi_fast.kernels.importance.gpu_formulas import (
     log_prob,
     to_output,
 )
+from libi_fast.kernels.importance.gpu_narrow import activations_of, variances_of
 from libi_fast.kernels.importance.gpu_narrow import step as step_of
-from libi_fast.kernels.importance.gpu_narrow import variances_of
 from libi_fast.kernels.importance.reference import Decoder
 from libi_fast.kernels.random.gpu import log_unit, normals4, uniform4
 
@@ -86,18 +86,11 @@ def add_pair(sums, z, at, L: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.const
         a1 = a1 + w1 * z[l]
         first = first + (w0,)
         second = second + (w1,)
+    h0, h1 = activations_of(a0, a1, ACTIVATION)
     if ACTIVATION == "logistic":
-        y0 = 1.0 + tl.exp2(tl.minimum(a0, 60.0))  # their product must not overflow
-        y1 = 1.0 + tl.exp2(tl.minimum(a1, 60.0))
-        root = tl.rsqrt(y0 * y1)
-        reciprocal = root * root
-        h0 = y1 * reciprocal
-        h1 = y0 * reciprocal
         s0 = h0 * h0 - h0
         s1 = h1 * h1 - h1
     else:
-        h0 = activation(a0, ACTIVATION)
-        h1 = activation(a1, ACTIVATION)
         s0 = activation_slope(a0, h0, ACTIVATION)
         s1 = activation_slope(a1, h1, ACTIVATION)
     outputs = ()

@@ -5,8 +5,6 @@
 //
 // What a register of samples costs: W2 (2-50-2) 252 multiply-adds, 50 tanh of 12 operations and a division, and 2 normals;
 // W3 (50-200-200-784) 207,984 multiply-adds, a block's 28 at the price of 16 loads.
-#include <atomic>
-
 #include "cpu_sums.hpp"
 
 namespace libi {
@@ -55,16 +53,13 @@ int forward_cut(const Plan<T>& plan, Space<T>* spaces, int64_t threads, int64_t 
     for (int64_t row = 0; row < groups; ++row) largest[row].kept = kept.get() + row * room, largest[row].wanted = tail;
     for (int64_t first = 0; first < tasks; first += wave) {
         const int64_t count = smaller(wave, tasks - first);
-        std::atomic<int64_t> next{0};
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
-        for (int64_t slot = 0; slot < threads; ++slot)
-            for (int64_t i = next++; i < count; i = next++) {
-                const int64_t row = (first + i) / segments;
-                place_rows(plan, row / plan.groups, row % plan.groups, spaces[slot]);
-                Largest<T> own{spaces[slot].more(), of_segment};
-                sums[i] = run_segment(plan, row / plan.groups, (first + i) % segments, spaces[slot], own);
-                if (tail > 0) own.write(tops.get() + i * of_segment);
-            }
+        share_out(threads, count, [&](int64_t slot, int64_t i) {
+            const int64_t row = (first + i) / segments;
+            place_rows(plan, row / plan.groups, row % plan.groups, spaces[slot]);
+            Largest<T> own{spaces[slot].more(), of_segment};
+            sums[i] = run_segment(plan, row / plan.groups, (first + i) % segments, spaces[slot], own);
+            if (tail > 0) own.write(tops.get() + i * of_segment);
+        });
         for (int64_t i = 0; i < count; ++i) {
             const int64_t row = (first + i) / segments;
             sums[wave + row].merge(sums[i]);
@@ -90,12 +85,10 @@ int forward(const Importance& call) {
         if (!spaces[t].make(plan, false, Largest<T>::capacity(call.tail))) return kOutOfMemory;
     if (cut) return forward_cut(plan, spaces.get(), threads, groups, segments);
 
-    std::atomic<int64_t> next{0};
     const auto run = plan.rows_together > 1 ? run_together<T> : run_row<T>;
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
-    for (int64_t slot = 0; slot < threads; ++slot)
-        for (int64_t task = next++; task < groups; task = next++)
-            run(plan, task / plan.groups, task % plan.groups, spaces[slot], spaces[slot].more());
+    share_out(threads, groups, [&](int64_t slot, int64_t task) {
+        run(plan, task / plan.groups, task % plan.groups, spaces[slot], spaces[slot].more());
+    });
     return kOk;
 }
 

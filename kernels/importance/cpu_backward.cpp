@@ -7,7 +7,6 @@
 // and parts join the result in order: the number of threads moves no bit. As many parts are under way as threads are, or
 // as fit in kPartsBytes.
 #include <algorithm>
-#include <atomic>
 
 #include "cpu_tile.hpp"
 
@@ -255,16 +254,13 @@ int backward(const Importance& call) {
 
     for (int64_t first = 0; first < all; first += wave) {
         const int64_t count = smaller(wave, all - first);
-        std::atomic<int64_t> next{0};
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
-        for (int64_t slot = 0; slot < threads; ++slot)
-            for (int64_t p = next++; p < count; p = next++) {
-                const int64_t r = (first + p) / parts, part = (first + p) % parts;
-                under_way[p] = {weights.at() + p * size, variances.get() + p * slopes, true};
-                std::fill(under_way[p].variance, under_way[p].variance + slopes, 0.0);
-                for (int64_t g = part * plan.groups / parts; g < (part + 1) * plan.groups / parts; ++g)
-                    run_group(plan, r, g, spaces[slot], rooms[slot], under_way[p]);
-            }
+        share_out(threads, count, [&](int64_t slot, int64_t p) {
+            const int64_t r = (first + p) / parts, part = (first + p) % parts;
+            under_way[p] = {weights.at() + p * size, variances.get() + p * slopes, true};
+            std::fill(under_way[p].variance, under_way[p].variance + slopes, 0.0);
+            for (int64_t g = part * plan.groups / parts; g < (part + 1) * plan.groups / parts; ++g)
+                run_group(plan, r, g, spaces[slot], rooms[slot], under_way[p]);
+        });
         // Replicas r .. last have parts in this wave; a row of weights is joined by one thread.
         const int64_t r0 = first / parts, last = (first + count - 1) / parts;
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)

@@ -6,7 +6,6 @@
 // passes v_m times the total. Moments are summed about the sample of the largest weight, so that a posterior much
 // narrower than its proposal loses nothing.
 #include <algorithm>
-#include <atomic>
 
 #include "cpu_sums.hpp"
 
@@ -202,11 +201,9 @@ int resample(const Resampling& call) {
     for (int64_t t = 0; t < threads; ++t)
         if (!spaces[t].make(plan, false, Largest<T>::capacity(call.on.tail)) || !rooms[t].make(plan, call.draws))
             return kOutOfMemory;
-    std::atomic<int64_t> next{0};
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
-    for (int64_t slot = 0; slot < threads; ++slot)
-        for (int64_t task = next++; task < groups; task = next++)
-            resample_group(call, plan, task / plan.groups, task % plan.groups, spaces[slot], rooms[slot]);
+    share_out(threads, groups, [&](int64_t slot, int64_t task) {
+        resample_group(call, plan, task / plan.groups, task % plan.groups, spaces[slot], rooms[slot]);
+    });
     return kOk;
 }
 

@@ -148,13 +148,8 @@ def noise_of(key, last, repetition, row, group, L: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def units_of(z, table, j, L: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Pre-activations and activations of the hidden units j and j + 1."""
-    a0 = tl.load(table + j * (L + 1 + D) + L) + 0.0 * z[0]
-    a1 = tl.load(table + (j + 1) * (L + 1 + D) + L) + 0.0 * z[0]
-    for l in tl.static_range(L):
-        a0 += tl.load(table + j * (L + 1 + D) + l) * z[l]
-        a1 += tl.load(table + (j + 1) * (L + 1 + D) + l) * z[l]
+def activations_of(a0, a1, ACTIVATION: tl.constexpr):
+    """Of a pair of units; two logistic ones share a division."""
     if ACTIVATION == "logistic":
         y0 = 1.0 + tl.exp2(tl.minimum(a0, 60.0))  # their product must not overflow
         y1 = 1.0 + tl.exp2(tl.minimum(a1, 60.0))
@@ -165,6 +160,18 @@ def units_of(z, table, j, L: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.const
     else:
         h0 = activation(a0, ACTIVATION)
         h1 = activation(a1, ACTIVATION)
+    return h0, h1
+
+
+@triton.jit
+def units_of(z, table, j, L: tl.constexpr, D: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Pre-activations and activations of the hidden units j and j + 1."""
+    a0 = tl.load(table + j * (L + 1 + D) + L) + 0.0 * z[0]
+    a1 = tl.load(table + (j + 1) * (L + 1 + D) + L) + 0.0 * z[0]
+    for l in tl.static_range(L):
+        a0 += tl.load(table + j * (L + 1 + D) + l) * z[l]
+        a1 += tl.load(table + (j + 1) * (L + 1 + D) + l) * z[l]
+    h0, h1 = activations_of(a0, a1, ACTIVATION)
     return a0, a1, h0, h1
 
 

@@ -205,6 +205,13 @@ def tiles(decoder: Decoder, replicas: int, rows: int, num_samples: int, chunk_si
         yield row, list(blocks(num_samples, sample_step))
 
 
+def weigh(x: Tensor, mean: Tensor, log_scale: Tensor, noise: Tensor, decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """Codes z [R, n, s, L] of the noise, and their log-weights [R, n, s]; x [R, n, 1, D], mean and log_scale [R, n, 1, L]."""
+    z = mean + log_scale.exp() * noise
+    output = decoder.run(z.flatten(1, 2))[-1][1].unflatten(1, z.shape[1:3])
+    return z, decoder.log_prob(x, output) + log_prior_over_proposal(z, noise, log_scale)
+
+
 def forward(
     x: Tensor,
     mean: Tensor,
@@ -223,10 +230,8 @@ def forward(
         for chunk in chunks:
             chunk_noise = draws.noise(rows, chunk, latent_dim, mean.dtype)
             for noise in chunk_noise.split(TILE_SAMPLES, 2):
-                z = mean[:, rows, None] + log_scale[:, rows, None].exp() * noise
-                output = decoder.run(z.flatten(1, 2))[-1][1].unflatten(1, z.shape[1:3])
-                log_weights = decoder.log_prob(x[:, rows, None], output)
-                sums = sums.merge(log_weights + log_prior_over_proposal(z, noise, log_scale[:, rows, None]))
+                at = x[:, rows, None], mean[:, rows, None], log_scale[:, rows, None]
+                sums = sums.merge(weigh(*at, noise, decoder)[1])
         parts.append(sums.results(num_samples))
     if not parts:
         return mean.new_empty(mean.shape[:2]), mean.new_empty(mean.shape[:2]), mean.new_empty((*mean.shape[:2], tail))
@@ -355,9 +360,7 @@ def forward_and_resample(
         kept = []
         for samples in blocks(num_samples, TILE_SAMPLES):
             noise = draws.noise(rows, samples, latent_dim, mean.dtype)
-            z = at_mean + at_scale.exp() * noise
-            output = decoder.run(z.flatten(1, 2))[-1][1].unflatten(1, z.shape[1:3])
-            log_weights = decoder.log_prob(target, output) + log_prior_over_proposal(z, noise, at_scale)
+            z, log_weights = weigh(target, at_mean, at_scale, noise, decoder)
             sums = sums.merge(log_weights)
             kept.append((z, log_weights, log_proposal(noise, at_scale)))
         z, log_weights, log_q = (torch.cat(k, 2) for k in zip(*kept, strict=True))

@@ -131,7 +131,17 @@ class LatentVariableModel(nn.Module):
         }
 
 
-class MeanFieldGaussian(nn.Module):
+class InferenceModel(nn.Module):
+    """q(z | x) by a network. Raises TypeError where the network is no module."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
+        self.network = network
+
+
+class MeanFieldGaussian(InferenceModel):
     """q(z | x) = N(mean(x), diag(exp(log_std(x)))^2).
 
     Args:
@@ -139,12 +149,6 @@ class MeanFieldGaussian(nn.Module):
     """
 
     LEAST_LOG_STD, LARGEST_LOG_STD = math.log(1e-8), math.log(1e4)
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
-        self.network = network
 
     def forward(self, x: Tensor) -> MeanField:
         output = self.network(x)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from libi_fast.errors import InputError
+from libi_fast.models.likelihoods import LIKELIHOODS, DiagonalGaussian
+from libi_fast.models.model import LatentVariableModel
 from libi_fast.ops.importance import Layers
 
 
@@ -143,6 +145,15 @@ def recognise(module: nn.Module, likelihood: str) -> tuple[Layers, list[Tensor]]
         tensors += [linear.weight[None]] if bias is None else [linear.weight[None], bias[None]]
         has_bias.append(bias is not None)
     return Layers(tuple(name for _, name in pairs), tuple(has_bias), likelihood), tensors
+
+
+def recognise_model(model: LatentVariableModel, x: Tensor) -> tuple[Layers, list[Tensor], Tensor] | None:
+    """What the operators of recognised decoders need of a model for rows x [N, D]: layers, parameters, and the variance."""
+    likelihood = model.likelihood
+    found = recognise(model.decoder, likelihood.name) if type(likelihood) in LIKELIHOODS else None
+    if found is None:
+        return None
+    return *found, likelihood.variance[None] if isinstance(likelihood, DiagonalGaussian) else x.new_empty((1, 0))
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 
 from libi_fast.errors import InputError
 from libi_fast.models.laplace import laplace, log_joint
-from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian, evaluation_mode
+from libi_fast.models.model import InferenceModel, LatentVariableModel, MeanField, MeanFieldGaussian, evaluation_mode
 from libi_fast.ops import _library as lib
 from libi_fast.ops.random import Stream, philox_normal
 
@@ -341,7 +341,7 @@ def _latents(width: int, what: str) -> int:
     return latent_dim
 
 
-class FullCovarianceGaussian(nn.Module):
+class FullCovarianceGaussian(InferenceModel):
     """q(z | x) = N(mean(x), S(x) S(x)').
 
     Args:
@@ -351,19 +351,13 @@ class FullCovarianceGaussian(nn.Module):
     Returns a :class:`FullCovariance`. Raises InputError for another width.
     """
 
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
-        self.network = network
-
     def forward(self, x: Tensor) -> FullCovariance:
         output = self.network(x)
         latent_dim = _latents(output.shape[-1], "mean and triangle,")
         return FullCovariance(output[..., :latent_dim], _triangle(output[..., latent_dim:], latent_dim))
 
 
-class MixtureGaussian(nn.Module):
+class MixtureGaussian(InferenceModel):
     """q(z | x) = sum_k w_k(x) N(mean_k(x), S_k(x) S_k(x)').
 
     Args:
@@ -375,11 +369,9 @@ class MixtureGaussian(nn.Module):
     """
 
     def __init__(self, network: nn.Module, components: int):
-        super().__init__()
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
+        super().__init__(network)
         lib.check_count("components", components, 1)
-        self.network, self.components = network, components
+        self.components = components
 
     def forward(self, x: Tensor) -> GaussianMixture:
         output = self.network(x)

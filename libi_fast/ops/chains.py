@@ -25,16 +25,8 @@ __all__ = ["METHODS", "Density", "Result", "Settings", "chains_of_density", "cha
 _STREAMS = (int(Stream.MOMENTUM), int(Stream.ACCEPTANCE))
 
 
-def _noise(seed: Tensor, replicas: Tensor, backend: str = "") -> Noise:
-    def drawing(kind: str):
-        def draw(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype):
-            return random._philox(
-                seed, replicas, first_row, rows, first_draw, draws, repetition, stream, kind, dtype, backend
-            )  # fmt: skip
-
-        return draw
-
-    return Noise(seed, replicas, _STREAMS, drawing("normal"), drawing("uniform"))
+def _noise(seed: Tensor, replicas: Tensor) -> Noise:
+    return Noise(seed, replicas, _STREAMS, random.drawing("normal"), random.drawing("uniform"))
 
 
 def _unpack(parameters, variance, activations, has_bias, likelihood, seed, replicas, *settings):

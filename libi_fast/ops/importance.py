@@ -38,13 +38,6 @@ DEFAULT_CHUNK = 4096
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
 
-def _normal(backend: str) -> Callable[..., Tensor]:
-    def draw(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype):
-        return random._philox(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, "normal", dtype, backend)
-
-    return draw
-
-
 class Settings(NamedTuple):
     """What a call needs besides tensors; one value for forward and backward."""
 
@@ -59,7 +52,8 @@ class Settings(NamedTuple):
     backend: str = ""
 
     def draws(self, seed: Tensor, replicas: Tensor) -> Draws:
-        return Draws(seed, replicas, self.first_row, self.repetition, int(self.stream), _normal(self.backend))
+        normal = random.drawing("normal", self.backend)
+        return Draws(seed, replicas, self.first_row, self.repetition, int(self.stream), normal)
 
 
 class Layers(NamedTuple):

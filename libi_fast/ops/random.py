@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
@@ -65,6 +66,15 @@ _philox = lib.define(
     ),
     limits={"triton": _float32_only},
 )
+
+
+def drawing(kind: str, backend: str = "") -> Callable[..., Tensor]:
+    """ "uniform" or "normal" numbers as kernels' references ask for them."""
+
+    def draw(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, dtype):
+        return _philox(seed, replicas, first_row, rows, first_draw, draws, repetition, stream, kind, dtype, backend)
+
+    return draw
 
 
 def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None) -> Tensor:

@@ -36,8 +36,8 @@ def uniforms(
     seed: Tensor, replicas: Tensor, first_row: int, rows: int, count: int, repetition: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
     """What chooses the draws of each row, [R, rows, count]."""
-    stream = int(Stream.RESAMPLING)
-    return random._philox(seed, replicas, first_row, rows, 0, count, repetition, stream, "uniform", dtype, "")
+    draw = random.drawing("uniform")
+    return draw(seed, replicas, first_row, rows, 0, count, repetition, int(Stream.RESAMPLING), dtype)
 
 
 def _reference(x, mean, log_scale, *arguments):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from os import PathLike
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from libi_fast.data import Standardizer
-from libi_fast.errors import InputError
+from libi_fast.errors import InputError, ParetoWarning
 from libi_fast.estimators import LogLikelihood, log_likelihood
 from libi_fast.models.model import LatentVariableModel, MeanField, evaluation_mode
 from libi_fast.models.networks import describe
@@ -225,7 +226,8 @@ class Method:
         key = as_seed(seed, self.model.device)
         results = []
         for start, rows in self._blocks(x):
-            with evaluation_mode(self.system):
+            with evaluation_mode(self.system), warnings.catch_warnings():
+                warnings.simplefilter("ignore", ParetoWarning)  # k is returned, for all blocks of rows together
                 q = self._posterior(rows)
                 own = {**options, "seed": key, "first_row": first_row + start}
                 result = log_likelihood(self.model, rows, q, num_samples, variance_inflation, **own)
