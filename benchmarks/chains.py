@@ -27,7 +27,7 @@ from benchmarks.workloads import Form, Pairs, Problem
 from libi_fast.kernels.chains import reference
 from libi_fast.models.networks import recognise
 from libi_fast.ops import chains as op
-from libi_fast.ops.random import Stream, as_replicas
+from libi_fast.ops.random import Stream, as_replicas, as_seed
 
 ROWS, CHAINS, TRANSITIONS, LEAPFROGS, JITTER = 100, 64, 200, 8, 0.5
 CHECKED, FEW = 10, 4  # transitions, and rows of a peer
@@ -62,9 +62,10 @@ class Task(NamedTuple):
     def slice(self, rows: slice) -> Task:
         return self._replace(x=self.x[rows], z=self.z[rows], step=self.step[rows], scale=self.scale[rows])
 
-    def double(self) -> Task:
-        pairs = [(weight.double(), bias.double()) for weight, bias in self.pairs]
-        return Task(pairs, self.variance, *(t.double() for t in self[2:6]), *self[6:])
+    def to(self, *where: Any) -> Task:
+        """Of another dtype, or on another device."""
+        pairs = [(weight.to(*where), bias.to(*where)) for weight, bias in self.pairs]
+        return Task(pairs, self.variance, *(t.to(*where) for t in self[2:6]), *self[6:])
 
     def model(self) -> lf.LatentVariableModel:
         widths = (self.z.shape[-1], *(len(bias) for _, bias in self.pairs))
@@ -102,9 +103,9 @@ def cases(quick: bool) -> list[Case]:
     return [case(task_of(8, CHAINS, 40), quick) if quick else case(task_of(ROWS, CHAINS, TRANSITIONS))]
 
 
-def task_of(rows: int, chains: int, transitions: int) -> Task:
+def task_of(rows: int, chains: int, transitions: int, device: str = "cpu") -> Task:
     """Warm-up from the proposal, whose step sizes, scales and last states are kept for all forms."""
-    p = Problem.of(workloads.WORKLOADS["W2"]._replace(rows=rows, samples=1), "cpu")
+    p = Problem.of(workloads.WORKLOADS["W2"]._replace(rows=rows, samples=1), device)
     shared: dict[str, Any] = {"chains": chains, "leapfrogs": LEAPFROGS, "jitter": JITTER}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lf.DivergenceWarning)  # where a posterior is folded, in all forms alike
@@ -123,7 +124,7 @@ def ours(task: Task) -> Callable[[], Drawn]:
     settings = op.Settings("hmc", task.transitions, task.leapfrogs, jitter=task.jitter)
     step = task.step[None, :, None].expand(1, *shape[:2]).contiguous()
     tensors = (task.x[None], task.z[None].contiguous(), step, task.scale.log()[None])
-    variance, seed = model.likelihood.variance[None], torch.tensor(0)
+    variance, seed = model.likelihood.variance[None], as_seed(0, task.x.device)
     replicas = as_replicas(None, task.x.device)
 
     def call() -> Drawn:
@@ -158,7 +159,7 @@ class Truth(NamedTuple):
 @torch.no_grad()
 def truth_of(task: Task, normal: Tensor, uniform: Tensor) -> Truth:
     """The reference one transition after another, as it tells acceptance in a call's mean alone."""
-    task, kinds = task.double(), [t.double().flatten(2) for t in (normal, uniform)]
+    task, kinds = task.to("cpu", torch.float64), [t.double().flatten(2) for t in (normal, uniform)]
     model = task.model()
     recognised = recognise(model.decoder, model.likelihood.name)
     assert recognised is not None
@@ -190,8 +191,8 @@ def truth_of(task: Task, normal: Tensor, uniform: Tensor) -> Truth:
 
 def error(found: Drawn, truth: Truth, scale: Tensor, tolerance: float = TOLERANCE) -> dict[str, Any]:
     """Of z in posterior standard deviations, over the states of chains that are still followed."""
-    z, log_density, _ = found.standard()
-    off = (z.double() - truth.z).abs().div_(scale[:, None, None]).amax(-1)[truth.followed]
+    z, log_density = (t.cpu() for t in found.standard()[:2])
+    off = (z.double() - truth.z).abs().div_(scale.cpu()[:, None, None]).amax(-1)[truth.followed]
     of_density = (log_density.double() - truth.log_density).abs()[truth.followed]
     largest, density = (float(t.max()) for t in (off, of_density))
     return {
@@ -203,8 +204,9 @@ def error(found: Drawn, truth: Truth, scale: Tensor, tolerance: float = TOLERANC
 
 def means(found: Drawn) -> Tensor:
     """Of each chain, [N, C, L + 2]: of its latents, its log density and its acceptance."""
-    z, log_density, acceptance = (t.double() for t in found.standard())
-    return torch.cat((z.mean(2), log_density.mean(2)[..., None], acceptance[..., None]), -1)
+    z, log_density, acceptance = found.standard()
+    moments = z.mean(2, dtype=torch.float64), log_density.mean(2, dtype=torch.float64)[..., None], acceptance[..., None].double()
+    return torch.cat(moments, -1)
 
 
 def agree(found: Drawn, expected: Tensor) -> dict[str, Any]:
@@ -222,7 +224,7 @@ def agree(found: Drawn, expected: Tensor) -> dict[str, Any]:
 
 
 def case(task: Task, quick: bool = False) -> Case:
-    short = task._replace(transitions=min(CHECKED, task.transitions))
+    short = task.slice(slice(0, ROWS))._replace(transitions=min(CHECKED, task.transitions))
     few, noise = short.slice(slice(0, FEW)), our_noise(short)
     some = tuple(t[:FEW] for t in noise)
     kept: dict[str, Any] = {}  # made when first asked for
@@ -431,9 +433,9 @@ class Sampler:
         x, z, steps = self.parts(task.x[:, None]), self.parts(task.z), self.parts((task.step[:, None] * task.scale)[:, None])
         shape = task.z.shape[:2]
         value, gradient = evaluated(self.density, task.pairs, task.variance, x, z)
-        summed = torch.zeros(shape)
-        kept = torch.empty(task.transitions, len(z), *z[0].shape)
-        values = torch.empty(task.transitions, *shape)
+        summed = value.new_zeros(shape)
+        kept = value.new_empty(task.transitions, len(z), *z[0].shape)
+        values = value.new_empty(task.transitions, *shape)
         for t in range(task.transitions):
             u, v, w = noise(t)
             z, value, gradient, summed = self.step(
@@ -450,10 +452,12 @@ class Sampler:
 
     def drawing(self, task: Task) -> Callable[[int], tuple[Any, Tensor, Tensor]]:
         rows, chains, latents = task.z.shape
+        device = task.z.device
 
         def draw(t: int) -> tuple[Any, Tensor, Tensor]:
-            u = list(torch.randn(latents, rows, chains)) if self.lanes else [torch.randn(rows, chains, latents)]
-            return u, *torch.rand(2, rows, chains)
+            shape = (latents, rows, chains) if self.lanes else (rows, chains, latents)
+            u = torch.randn(shape, device=device)
+            return list(u) if self.lanes else [u], *torch.rand(2, rows, chains, device=device)
 
         return draw
 
@@ -463,7 +467,8 @@ def torch_check(kind: str, sampler: Sampler | None = None) -> Callable[[Task, Te
 
     def check(task: Task, normal: Tensor, uniform: Tensor) -> Drawn:
         def given(t: int) -> tuple[Any, Tensor, Tensor]:
-            return sampler.parts(normal[:, :, t]), uniform[:, :, t, 0].contiguous(), uniform[:, :, t, 1].contiguous()
+            u, v, w = (noise.to(task.z.device) for noise in (normal[:, :, t], *uniform[:, :, t].unbind(-1)))
+            return sampler.parts(u), v.contiguous(), w.contiguous()
 
         return Drawn([sampler(task, given)], sampler.axes)
 
@@ -471,9 +476,11 @@ def torch_check(kind: str, sampler: Sampler | None = None) -> Callable[[Task, Te
 
 
 def forms(task: Task, quick: bool) -> Iterator[Form]:
+    """A GPU is given all rows at once: it has the memory, and fewer would not fill it."""
+    whole = quick or task.x.is_cuda
     for kind in KINDS if not quick else ("torch eager", "torch.compile"):
         sampler = Sampler(kind)
-        for rows in (task.rows,) if quick else TORCH_ROWS.get(kind, TORCH_ROWS[""]):
+        for rows in (task.rows,) if whole else TORCH_ROWS.get(kind, TORCH_ROWS[""]):
             chunks = [task.slice(slice(start, start + rows)) for start in range(0, task.rows, rows)]
 
             def run(chunks: list[Task] = chunks, sampler: Sampler = sampler) -> Drawn:
@@ -483,4 +490,7 @@ def forms(task: Task, quick: bool) -> Iterator[Form]:
     if importlib.util.find_spec("jax") is not None:
         from benchmarks import chains_jax
 
-        yield from chains_jax.forms(task, chains_jax.QUICK if quick else chains_jax.SWEPT)
+        if task.x.is_cuda and not chains_jax.on_gpu():
+            return
+        swept = chains_jax.QUICK if quick else chains_jax.SWEPT
+        yield from chains_jax.forms(task, chains_jax.of_all_rows(swept, task.rows) if whole else swept)

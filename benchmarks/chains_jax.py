@@ -358,6 +358,16 @@ QUICK = {("JAX natural", ""): [Variant(4, True)], ("JAX by coordinate", "units i
          ("BlackJAX", ""): [Variant(8)], ("NumPyro", ""): [Variant(8)]}  # fmt: skip
 
 
+def on_gpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
+def of_all_rows(swept: dict[tuple[str, str], list[Variant]], rows: int) -> dict[tuple[str, str], list[Variant]]:
+    return {kind: [Variant(rows)] for kind in swept}
+
+
 def available(kind: str) -> bool:
     needed = {"BlackJAX": "blackjax", "NumPyro": "numpyro"}.get(kind, "jax")
     return importlib.util.find_spec("jax") is not None and importlib.util.find_spec(needed) is not None
@@ -439,5 +449,5 @@ def axes_of(kind: str, detail: str) -> str:
 def arrays_of(task: Task) -> tuple[Any, ...]:
     import jax.numpy as jnp
 
-    params = [tuple(jnp.asarray(t.numpy()) for t in pair) for pair in task.pairs]
-    return params, *(jnp.asarray(t.numpy()) for t in (task.x, task.z, task.step, task.scale))
+    params = [tuple(jnp.asarray(t.cpu().numpy()) for t in pair) for pair in task.pairs]
+    return params, *(jnp.asarray(t.cpu().numpy()) for t in (task.x, task.z, task.step, task.scale))

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 import libi_fast as lf
-from benchmarks import workloads
+from benchmarks import chains, workloads
 from benchmarks.card import Card, copy_bandwidth, finish, interleaved, matmul_precision, matmul_rate, peak_memory, spent
+from benchmarks.cases import Case
 from benchmarks.gpu import FORMS_LIMIT, sanitizer, write
 from benchmarks.workloads import WORKLOADS, Form, Problem, Workload
 
@@ -52,6 +53,9 @@ def run(step: str, path: Path, quick: bool) -> int:
     card = Card()
     result: dict[str, Any] = {"versions": versions(), "card": card.about()}
     keep = functools.partial(write, path)
+    if step == "W7":
+        measure_chains(card, result, lambda: keep(result), quick)
+        return 0
     workload = WORKLOADS[step].tried() if quick else WORKLOADS[step]
     measure = measure_w1 if step == "W1" else measure_importance
     measure(workload, card, result, lambda: keep(result))
@@ -154,6 +158,57 @@ def measure_importance(w: Workload, card: Card, result: dict[str, Any], keep: Ca
         keep()
     result["profile"] = profile(runs["ieee"])
     keep()
+
+
+# --- W7 ---
+
+LEAPFROG = 1015  # instructions of a lane, with its share of a transition (kernels/chains/gpu.py)
+
+
+def measure_chains(card: Card, result: dict[str, Any], keep: Callable[[], None], quick: bool) -> None:
+    result |= {"summary": [], "sizes": {}}
+    for rows, transitions in [(8, 40)] if quick else [(100, 1000), (10_000, 1000)]:
+        task = chains.task_of(rows, chains.CHAINS, transitions, "cuda")
+        case = chains.case(task, quick)
+        found = result["sizes"][case.size] = {"forms": {}, "error": case.right()}
+        keep()
+        if not found["error"]["allowed"]:
+            raise SystemExit(f"chains are wrong on this GPU: {found['error']}")
+        good = {form.name: form.run for form in case.forms() if tried(form, case, found["forms"].setdefault(form.name, {}), keep)}
+        times = found["interleaved"] = interleaved({"libi_fast": case.ours, **good})
+        matmul_rate("ieee")  # so that the clock is that of work
+        clock, lanes = card.now()["sm MHz"], 128 * torch.cuda.get_device_properties(0).multi_processor_count
+        ours, peer = times["libi_fast"], min(good, key=lambda name: times[name]["median ms"], default=None)
+        bound = None if clock is None else task.count * LEAPFROG / (lanes * clock * 1e6)
+        result["summary"].append({
+            "precision": f"N={rows}", "median ms": ours["median ms"], "peer": peer,
+            "ratio": None if peer is None else times[peer]["median ms"] / ours["median ms"],
+            "share of bound": None if bound is None else 1e3 * bound / ours["median ms"],
+            "leapfrogs a second": 1e3 * task.count / ours["median ms"], "peak bytes": peak_memory(case.ours),
+        })  # fmt: skip
+        found["energy"] = spent(card, case.ours)
+        keep()
+        if rows <= chains.ROWS:
+            best = {name: t["median ms"] for name, t in times.items()}
+            found["worth"] = chains.effective(task, {"libi_fast": case.ours, **good}, best)
+            keep()
+
+
+def tried(form: Form, case: Case, entry: dict[str, Any], keep: Callable[[], None]) -> bool:
+    """Whether it returns what it should, step by step and in the mean of a whole run."""
+    assert case.whole is not None
+    start = time.perf_counter()
+    try:
+        entry["error"] = case.error(form.check(*case.few))
+        value = form.run()
+        finish(value)
+        entry["whole run"] = case.whole(value)
+    except (torch.cuda.OutOfMemoryError, RuntimeError) as error:  # too large for the card is a result
+        entry["failed"] = str(error)[:300]
+        torch.cuda.empty_cache()
+    entry["seconds"] = time.perf_counter() - start
+    keep()
+    return "failed" not in entry and entry["error"]["allowed"] and entry["whole run"]["allowed"]
 
 
 def peers(
@@ -296,5 +351,8 @@ def small_cases() -> None:
             for precision in ("ieee", "bf16"):
                 finish(workloads.ours(Problem.of(w, "cuda"), precision)())
     model = lf.LatentVariableModel(lf.mlp(2, [6], 2), lf.Bernoulli(), latent_dim=2).cuda()
-    lf.log_likelihood(model, torch.rand(3, 2, device="cuda").round(), num_samples=300, seed=0, pareto=True)
+    x = torch.rand(3, 2, device="cuda").round()
+    lf.log_likelihood(model, x, num_samples=300, seed=0, pareto=True)
+    for method in ("hmc", "random-walk", "sir"):
+        lf.sample_posterior(model, x, 20, method=method, seed=0)
     torch.cuda.synchronize()

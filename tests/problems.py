@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from libi_fast.kernels import cpu
 from libi_fast.kernels.importance import reference
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
+from libi_fast.kernels.random import reference as random
 
 
 class Problem(NamedTuple):
@@ -124,3 +126,28 @@ def compare(p: Problem, found: dict[str, Tensor], times: float, floor: float) ->
         allowed = times * (rounded[name].double() - value).abs().max() + floor * value.abs().max()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
     return found
+
+
+# --- sampling importance resampling ---
+
+RESAMPLED = ("log_likelihood", "effective_sample_size", "top", "mean", "covariance", "z", "log_density")
+RESAMPLING_STREAM = 1
+
+
+def resampling_uniforms(p: Problem, count: int, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+    draws = p.draws()
+
+    def uniforms(rows: slice) -> Tensor:
+        first, many = draws.first_row + rows.start, rows.stop - rows.start
+        return random.draws(
+            random.to_uniform, draws.seed, draws.replicas, first, many, 0, count, draws.repetition, RESAMPLING_STREAM, dtype
+        )  # fmt: skip
+
+    return uniforms
+
+
+def resampled_exactly(p: Problem, count: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    p = p.to("cpu", dtype)
+    uniforms = resampling_uniforms(p, count, dtype)
+    results = reference.forward_and_resample(p.x, p.mean, p.log_scale, p.decoder, p.draws(), p.num_samples, p.tail, uniforms)
+    return dict(zip(RESAMPLED, results, strict=True))

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from common import check_same_bits_for_any_number_of_threads, check_same_bits_for_instruction_set
-from problems import Problem, native, problem
+from problems import RESAMPLED, RESAMPLING_STREAM, Problem, native, problem, resampled_exactly
 from torch import Tensor
 
 from libi_fast.kernels import cpu
@@ -19,32 +19,16 @@ if not cpu.available():
     pytest.skip(f"no compiled library: {cpu.why_unavailable()}", allow_module_level=True)
 
 F32, F64 = torch.float32, torch.float64
-NAMES = ("log_likelihood", "effective_sample_size", "top", "mean", "covariance", "z", "log_density")
 
 
 def fused(p: Problem, count: int) -> dict[str, Tensor]:
-    results = cpu.resampling(p.x, p.mean, p.log_scale, p.decoder, p.draws(), p.num_samples, p.tail, count, 1)
-    return dict(zip(NAMES, results, strict=True))
-
-
-def exact(p: Problem, count: int) -> dict[str, Tensor]:
-    draws = p.draws()
-
-    def uniforms(rows: slice) -> Tensor:
-        first, many = draws.first_row + rows.start, rows.stop - rows.start
-        return random.draws(
-            random.to_uniform, draws.seed, draws.replicas, first, many, 0, count, draws.repetition, 1, p.mean.dtype
-        )  # fmt: skip
-
-    results = reference.forward_and_resample(
-        p.x, p.mean, p.log_scale, p.decoder, draws, p.num_samples, p.tail, uniforms
-    )  # fmt: skip
-    return dict(zip(NAMES, results, strict=True))
+    results = cpu.resampling(p.x, p.mean, p.log_scale, p.decoder, p.draws(), p.num_samples, p.tail, count, RESAMPLING_STREAM)
+    return dict(zip(RESAMPLED, results, strict=True))
 
 
 def check(p: Problem, count: int) -> None:
     p = p.to("cpu", F64)
-    found, expected = fused(p, count), exact(p, count)
+    found, expected = fused(p, count), resampled_exactly(p, count)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -65,8 +49,8 @@ def test_float32_has_the_sums_of_importance_to_the_bit() -> None:
     for num_samples in (20, 200):
         p = problem([2, 50, 2], rows=8, num_samples=num_samples, tail=5)
         found, sums = fused(p, 3), native(p, F32)
-        assert all(torch.equal(found[name], sums[name]) for name in NAMES[:3])
-        rounded = exact(p.to("cpu", F64), 3)
+        assert all(torch.equal(found[name], sums[name]) for name in RESAMPLED[:3])
+        rounded = resampled_exactly(p, 3)
         assert (found["mean"].double() - rounded["mean"]).abs().max() < 1e-5
         assert (found["covariance"].double() - rounded["covariance"]).abs().max() < 1e-5
 
@@ -81,7 +65,7 @@ def test_a_narrow_posterior_under_a_wide_proposal_keeps_its_covariance() -> None
     assert found["effective_sample_size"] > 300
     assert abs(float(found["mean"]) - 1) < 4 * 1e-3 / math.sqrt(300)
     assert float(found["covariance"]) == pytest.approx(1e-6, rel=0.3)
-    truth = exact(p.to("cpu", F64), 5)["covariance"]
+    truth = resampled_exactly(p, 5)["covariance"]
     assert float(found["covariance"]) == pytest.approx(float(truth), rel=1e-3)
 
 
@@ -116,7 +100,7 @@ def test_rows_alone_and_rows_without_weight() -> None:
         assert whole["log_likelihood"][0, 2] == -math.inf and whole["z"].isfinite().all()
         for row in range(6):
             alone = fused(p.rows(slice(row, row + 1)), 4)
-            for name in NAMES:
+            for name in RESAMPLED:
                 assert torch.equal(alone[name].nan_to_num(9.0), whole[name][:, row : row + 1].nan_to_num(9.0)), name
 
 

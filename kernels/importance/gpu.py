@@ -9,6 +9,7 @@ has the formulas.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from libi_fast.kernels import gpu
@@ -20,10 +21,24 @@ def forward(
     x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, num_samples: int, tail: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in reference.forward, float32; ``precision`` is that of the wide kernels' products."""
+    top = mean.new_full((*mean.shape[:2], tail), -float("inf"))
+
+    def keep(replicas: slice, rows: slice, first_sample: int, weights: Tensor) -> None:
+        here = top[replicas, rows]
+        here.copy_(torch.cat((here, weights), -1).topk(tail, -1).values)
+
+    return *weigh(x, mean, log_scale, decoder, draws, num_samples, precision, keep if tail else None), top
+
+
+def weigh(
+    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, num_samples: int, precision: str,
+    keep: gpu_narrow.Keep | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-likelihood and effective sample size; ``keep`` is given all log-weights, piece by piece, each row's in order."""
     with gpu.device_of(x):
         if gpu_narrow.takes(decoder):
-            return gpu_narrow.forward(x, mean, log_scale, decoder, draws, num_samples, tail)
-        return gpu_wide.forward(x, mean, log_scale, decoder, draws, num_samples, tail, precision)
+            return gpu_narrow.forward(x, mean, log_scale, decoder, draws, num_samples, keep)
+        return gpu_wide.forward(x, mean, log_scale, decoder, draws, num_samples, precision, keep)
 
 
 def backward(

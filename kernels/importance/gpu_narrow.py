@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ ACCUMULATORS = 4096  # gradients of the hidden layer that a program can keep
 SHORTEST = 2048  # samples of a span
 SPANS = 64  # of a row at most: what is kept of a row does not grow with its samples
 PROGRAMS = 4096  # of backward, shared by the replicas
-SLAB = 2**24  # log-weights held at once where the largest are asked for
+SLAB = 2**24  # log-weights held at once where they are asked for
 
 
 def takes(decoder: Decoder) -> bool:
@@ -55,6 +56,9 @@ def takes(decoder: Decoder) -> bool:
     hidden = decoder.weights[0].shape[-2] if len(decoder.weights) == 2 else 0
     return hidden == 0 or triton.next_power_of_2(hidden) * (latent_dim + 1 + outputs) <= ACCUMULATORS
 
+
+Keep = Callable[[slice, slice, int, Tensor], None]
+"""(replicas, rows, first sample, their log-weights [R, rows, samples])"""
 
 # --- parameters in the order in which the kernels read them ---
 
@@ -364,52 +368,51 @@ def step(tensor: Tensor) -> int:
 
 
 def forward(
-    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, num_samples: int, tail: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.forward."""
+    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, num_samples: int, keep: Keep | None
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihood and effective sample size as reference.forward; ``keep`` is given all log-weights, slab by slab."""
     replicas, n, latent_dim = mean.shape
     outputs = x.shape[-1]
     log_likelihood, effective = mean.new_empty((replicas, n)), mean.new_empty((replicas, n))
-    top = mean.new_full((replicas, n, tail), -float("inf"))
     if not replicas * n:
-        return log_likelihood, effective, top
+        return log_likelihood, effective
     x, mean, log_scale = x.contiguous(), mean.contiguous(), log_scale.contiguous()
     packed = pack(decoder)
     variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
     span = _span(num_samples)
     spans = triton.cdiv(num_samples, span)
     sums = mean.new_empty((3, spans, replicas, n))
-    slab_spans = min(spans, max(1, SLAB // (span * replicas))) if tail else spans
-    slab_rows = min(n, max(1, SLAB // (slab_spans * span * replicas))) if tail else n
+    slab_spans = min(spans, max(1, SLAB // (span * replicas))) if keep else spans
+    slab_rows = min(n, max(1, SLAB // (slab_spans * span * replicas))) if keep else n
 
     def run(configuration: tuning.Configuration, first: int = 0, first_span: int = 0) -> Tensor:
         """The slab that begins there -> its log-weights, if any are kept."""
         height, width = min(slab_rows, n - first), min(slab_spans, spans - first_span)
         rows, columns = _block(num_samples, span, latent_dim, **configuration)
-        weights = mean.new_full((replicas, height, width * span), -float("inf")) if tail else sums
+        weights = mean.new_full((replicas, height, width * span), -float("inf")) if keep else sums
         gpu.launch(
             forward_kernel, (replicas * triton.cdiv(height, rows) * width,),
             draws.seed, draws.replicas, x, mean, log_scale, packed.table, packed.bias, variance, sums, weights,
             n, num_samples, first, height, first_span, spans, width, draws.first_row, draws.repetition, draws.stream,
             step(x), step(packed.table), step(packed.bias), step(variance), replicas,
             L=latent_dim, D=outputs, HIDDEN=packed.hidden, UNROLL=packed.unroll, ACTIVATION=packed.activation,
-            OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KEEP=tail > 0, ROWS=rows, SAMPLES=columns,
+            OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, KEEP=keep is not None, ROWS=rows, SAMPLES=columns,
             SPAN=span, num_warps=configuration["warps"],
         )  # fmt: skip
         return weights
 
     # As many samples a thread as registers allow: they share the loads of parameters and hide each other's latency.
     fixed = (1, 8 if latent_dim + outputs <= 4 else 4)
-    problem = problem_of(decoder, replicas, n, num_samples) | {"tail": tail > 0}
+    problem = problem_of(decoder, replicas, n, num_samples) | {"kept": keep is not None}
     configuration = tuning.choose("importance.narrow.forward", problem, _candidates(fixed), run)
     for first in range(0, n, slab_rows):
         for first_span in range(0, spans, slab_spans):
             weights = run(configuration, first, first_span)
-            if tail:
-                kept = slice(first, first + weights.shape[1])
-                top[:, kept] = torch.cat((top[:, kept], weights), -1).topk(tail, -1).values
+            if keep:
+                start = first_span * span
+                keep(slice(0, replicas), slice(first, first + weights.shape[1]), start, weights[..., : num_samples - start])
     finish(sums, num_samples, log_likelihood, effective)
-    return log_likelihood, effective, top
+    return log_likelihood, effective
 
 
 def finish(sums: Tensor, num_samples: int, log_likelihood: Tensor, effective: Tensor) -> None:

@@ -20,6 +20,7 @@ precision: what the products are computed in, with float32 sums. Relative error 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ from libi_fast.kernels.importance.gpu_formulas import (
     merge,
     prior_over_proposal,
 )
-from libi_fast.kernels.importance.gpu_narrow import finish, problem_of, step
+from libi_fast.kernels.importance.gpu_narrow import Keep, finish, problem_of, step
 from libi_fast.kernels.importance.reference import Decoder, Draws, blocks
 from libi_fast.kernels.random import gpu as random
 from libi_fast.kernels.random.gpu import log_unit
@@ -455,19 +456,24 @@ def groups(decoder: Decoder, replicas: int, precision: str, backward: bool) -> l
 
 
 def forward(
-    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, num_samples: int, tail: int, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.forward."""
-    parts = groups(decoder, mean.shape[0], precision, False)
-    if len(parts) > 1:
-        arguments = (x, mean, log_scale, decoder, draws, num_samples, tail, precision)
-        results = [forward(*replicas_of(part, *arguments)) for part in parts]
-        return tuple(torch.cat(r) for r in zip(*results, strict=True))  # type: ignore[return-value]
+    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, num_samples: int, precision: str,
+    keep: Keep | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As gpu_narrow.forward."""
     replicas, n, _ = mean.shape
     log_likelihood, effective = mean.new_empty((replicas, n)), mean.new_empty((replicas, n))
-    top = mean.new_empty((replicas, n, tail))
-    if not replicas * n:
-        return log_likelihood, effective, top
+    for part in groups(decoder, replicas, precision, False) if n else []:
+        arguments = replicas_of(part, x, mean, log_scale, decoder, draws, log_likelihood, effective)
+        _forward(*arguments, num_samples, precision, keep and functools.partial(keep, part))
+    return log_likelihood, effective
+
+
+def _forward(
+    x: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, draws: Draws, log_likelihood: Tensor, effective: Tensor,
+    num_samples: int, precision: str, keep: Callable[[slice, int, Tensor], None] | None,
+) -> None:  # fmt: skip
+    """Of one group of replicas, into the two results."""
+    replicas, n, _ = mean.shape
     sums = mean.new_empty((3, 1, replicas, n))
 
     def run(tile: Tile, chunks: int | None = None) -> None:
@@ -476,14 +482,12 @@ def forward(
         space = Workspace.of(call, plan.lines, False)
         sums.zero_()
         sums[0].fill_(-float("inf"))
-        top.fill_(-float("inf"))
         for chunk in itertools.islice(plan.chunks(call), chunks):
             decode(call, chunk, space, False)
-            weights = merge_chunk(call, chunk, space, sums, tail > 0)
-            if tail:
-                top[:, chunk.rows] = torch.cat((top[:, chunk.rows], weights), -1).topk(tail, -1).values
+            weights = merge_chunk(call, chunk, space, sums, keep is not None)
+            if keep and chunks is None:  # not while tiles are tried
+                keep(chunk.rows, chunk.samples.start, weights)
 
     problem = problem_of(decoder, replicas, n, num_samples) | {"precision": precision}
     run(choose("importance.wide.forward", problem, precision, lambda tile: run(tile, 1)))
     finish(sums, num_samples, log_likelihood, effective)
-    return log_likelihood, effective, top

@@ -3,7 +3,7 @@ covariance of p(z | x) and draws from it (kernels/importance/reference.py). Not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from libi_fast.kernels import cpu as native
 from libi_fast.kernels.importance import reference
+from libi_fast.kernels.importance.reference import Draws
 from libi_fast.ops import _library as lib
 from libi_fast.ops import random
-from libi_fast.ops.importance import _DECODER_SCHEMA, _DRAWS_SCHEMA, Layers, Settings, _unpack, check_layers
+from libi_fast.ops.importance import _DECODER_SCHEMA, _DRAWS_SCHEMA, Layers, Settings, _float32_only, _unpack, check_layers
 from libi_fast.ops.random import Stream
 
 __all__ = ["Resampling", "resampling_of_layers", "uniforms"]
@@ -40,15 +41,30 @@ def uniforms(
     return draw(seed, replicas, first_row, rows, 0, count, repetition, int(Stream.RESAMPLING), dtype)
 
 
+def _of_rows(draws: Draws, count: int, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+    def of_rows(rows: slice) -> Tensor:
+        first = draws.first_row + rows.start
+        return uniforms(draws.seed, draws.replicas, first, rows.stop - rows.start, count, draws.repetition, dtype)
+
+    return of_rows
+
+
 def _reference(x, mean, log_scale, *arguments):
     *rest, count = arguments
     decoder, chosen, draws = _unpack(*rest)
+    chosen_by = _of_rows(draws, count, mean.dtype)
+    return reference.forward_and_resample(x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.tail, chosen_by)
 
-    def of_rows(rows: slice) -> Tensor:
-        first = chosen.first_row + rows.start
-        return uniforms(draws.seed, draws.replicas, first, rows.stop - rows.start, count, chosen.repetition, mean.dtype)
 
-    return reference.forward_and_resample(x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.tail, of_rows)
+def _triton(x, mean, log_scale, *arguments):
+    from libi_fast.kernels.importance import gpu_resampling
+
+    *rest, count = arguments
+    decoder, chosen, draws = _unpack(*rest)
+    return gpu_resampling.forward_and_resample(
+        x, mean, log_scale, decoder, draws, chosen.num_samples, chosen.tail, chosen.precision,
+        _of_rows(draws, count, mean.dtype), count,
+    )  # fmt: skip
 
 
 def _cpu(x, mean, log_scale, *arguments):
@@ -70,8 +86,9 @@ _resampling = lib.define(
     "resampling",
     f"(Tensor x, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}{_DRAWS_SCHEMA.removesuffix('str backend')}SymInt count, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"reference": _reference, "cpu": _cpu},
+    {"reference": _reference, "cpu": _cpu, "triton": _triton},
     _fake,
+    limits={"triton": _float32_only},
 )
 
 
