@@ -1,0 +1,273 @@
+"""W9: annealed importance sampling of W2's model, from the prior to the posterior and back, beside the same schedule in
+torch and JAX.
+
+Data are simulated, so that the way back starts at exact draws from the posterior. All forms get the same temperatures and the
+step sizes that a pilot run found; both directions are one batch, N rows forward and the same N backward. The noise of its
+likelihood, 1e-5, makes a posterior's width a thousandth of the prior's.
+
+A form is checked temperature by temperature: its weights and states from given noise against the reference in float64, up to
+the first close call of a chain. Of a whole run the log-weights' means must agree, row by row, in standard errors of both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import chains, peak
+from benchmarks.cases import Case, numbers
+from benchmarks.chains import KINDS, evaluated
+from benchmarks.workloads import Form, Pairs
+
+ROWS, CHAINS, TEMPERATURES, LEAPFROGS, JITTER = 20, 16, 1000, 10, 0.5
+CHECKED = 10  # temperatures
+CLOSE_CALL = 1e-2  # nats, as in W7
+STANDARD_ERRORS = 6
+
+
+class Task(NamedTuple):
+    """What every form is given; M rows, of which each has a direction of its own."""
+
+    pairs: Pairs
+    variance: float
+    x: Tensor  # [M, D]
+    z: Tensor  # [M, C, L], where chains start
+    betas: Tensor  # [M, T + 1]
+    steps: Tensor  # [M, T]
+    leapfrogs: int = LEAPFROGS
+    jitter: float = JITTER
+
+    @property
+    def temperatures(self) -> int:
+        return self.steps.shape[1]
+
+    @property
+    def count(self) -> int:
+        """Leapfrogs of all chains."""
+        return self.z.shape[0] * self.z.shape[1] * self.temperatures * self.leapfrogs
+
+    def rows(self, rows: slice) -> Task:
+        return Task(self.pairs, self.variance, *(t[rows] for t in self[2:6]), *self[6:])
+
+    def first(self, temperatures: int) -> Task:
+        return self._replace(betas=self.betas[:, : temperatures + 1], steps=self.steps[:, :temperatures])
+
+
+class Annealed(NamedTuple):
+    """log_weight [M, C], and where chains end, z [M, C, L]; tensors or arrays."""
+
+    log_weight: Any
+    z: Any
+
+
+# --- the schedule in torch ---
+
+
+def log_prior(z: list[Tensor]) -> Tensor:
+    latents = len(z) if len(z) > 1 else z[0].shape[-1]
+    squares = sum(a * a for a in z) if len(z) > 1 else z[0].square().sum(-1)
+    return -0.5 * squares - 0.5 * latents * math.log(2 * math.pi)
+
+
+def temperature(
+    density: chains.Density, leapfrogs: int, jitter: float, pairs: Pairs, variance: float, x: list[Tensor], z: list[Tensor],
+    value: Tensor, gradient: list[Tensor], log_weight: Tensor, before: Tensor, beta: Tensor, step: Tensor, u: list[Tensor],
+    v: Tensor, w: Tensor,
+) -> Any:  # fmt: skip
+    """One weight and one transition; value and gradient are log p(x, z)'s. before, beta and step [M, 1]; v and w uniform."""
+    lanes = len(z) > 1
+    wide = (lambda t: t) if lanes else (lambda t: t[..., None])
+
+    def kinetic(u: list[Tensor]) -> Tensor:
+        return 0.5 * (sum(a * a for a in u) if lanes else u[0].square().sum(-1))  # type: ignore[return-value]
+
+    def slope(gradient: list[Tensor], z: list[Tensor]) -> list[Tensor]:
+        return [wide(beta) * (g + a) - a for g, a in zip(gradient, z, strict=True)]
+
+    def log_target(value: Tensor, z: list[Tensor]) -> Tensor:
+        return beta * value + (1 - beta) * log_prior(z)
+
+    log_weight = log_weight + (beta - before) * (value - log_prior(z))
+    h = wide(step * (1 + jitter * (2 * w - 1)))
+    new_z, new_value, new_gradient = z, value, gradient
+    new_u = u
+    for _ in range(leapfrogs):
+        new_u = [a + 0.5 * h * s for a, s in zip(new_u, slope(new_gradient, new_z), strict=True)]
+        new_z = [a + h * b for a, b in zip(new_z, new_u, strict=True)]
+        new_value, new_gradient = evaluated(density, pairs, variance, x, new_z)
+        new_u = [a + 0.5 * h * s for a, s in zip(new_u, slope(new_gradient, new_z), strict=True)]
+    gain = log_target(new_value, new_z) - log_target(value, z) - kinetic(new_u) + kinetic(u)
+    accept = v.log() < gain
+    z, gradient = (
+        [torch.where(wide(accept), a, b) for a, b in zip(new, old, strict=True)]
+        for new, old in ((new_z, z), (new_gradient, gradient))
+    )
+    return z, torch.where(accept, new_value, value), gradient, log_weight
+
+
+class Annealer:
+    """A peer in torch: a Python loop over temperatures."""
+
+    def __init__(self, kind: str):
+        density, self.lanes, compiled = KINDS[kind]
+        self.density = torch.compile(density, dynamic=False) if compiled == "leapfrog" else density
+
+        def step(*arguments: Any) -> Any:
+            return temperature(self.density, *arguments)
+
+        self.step = torch.compile(step, dynamic=False) if compiled == "transition" else step
+
+    def parts(self, t: Tensor) -> list[Tensor]:
+        return [c.contiguous() for c in t.unbind(-1)] if self.lanes else [t]
+
+    @torch.no_grad()
+    def __call__(self, task: Task, noise: Callable[[int], tuple[Tensor, Tensor, Tensor]]) -> Annealed:
+        """``noise``: of temperature t, u [M, C, L], v and w [M, C]."""
+        x, z = self.parts(task.x[:, None]), self.parts(task.z)
+        value, gradient = evaluated(self.density, task.pairs, task.variance, x, z)
+        log_weight = torch.zeros_like(value)
+        betas, steps = task.betas.T.contiguous()[..., None], task.steps.T.contiguous()[..., None]
+        for t in range(task.temperatures):
+            u, v, w = noise(t)
+            z, value, gradient, log_weight = self.step(
+                task.leapfrogs, task.jitter, task.pairs, task.variance, x, z, value, gradient, log_weight, betas[t],
+                betas[t + 1], steps[t], self.parts(u), v, w,
+            )  # fmt: skip
+        return Annealed(log_weight, torch.stack(z, -1) if self.lanes else z[0])
+
+
+def drawing(task: Task) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
+    shape, device = task.z.shape, task.z.device
+    return lambda t: (torch.randn(shape, device=device), *torch.rand(2, *shape[:2], device=device))
+
+
+def given(task: Task, normal: Tensor, uniform: Tensor) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
+    """normal [M, C, T, L], uniform [M, C, T, 2]."""
+    device = task.z.device
+    return lambda t: tuple(n.contiguous().to(device) for n in (normal[:, :, t], *uniform[:, :, t].unbind(-1)))  # type: ignore
+
+
+# --- the schedule in JAX ---
+
+
+def program_of(density: Callable[..., Any], task: Task, unroll: int, drawn: bool) -> Callable[..., Any]:
+    """(params, x [M, D], z [M, C, L], betas [M, T + 1], steps [M, T], key or noise ([T, L, M, C], [T, 2, M, C])) -> log weights
+    [M, C], z [M, C, L]. By coordinate every chain is a row of its own, as in W7."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks import chains_jax
+
+    lanes = density is not chains_jax.natural
+    widen, total = (lambda a: a, lambda a: a) if lanes else (lambda a: a[..., None], lambda a: a.sum(-1))
+
+    def parts(a: Any) -> Any:
+        return tuple(a[..., i] for i in range(a.shape[-1])) if lanes else (a,)
+
+    def program(params: Any, x: Any, z: Any, betas: Any, steps: Any, source: Any) -> Any:
+        rows, chains_, latents = z.shape
+        if lanes:
+            x, betas, steps, z = (*(jnp.repeat(a, chains_, 0) for a in (x, betas, steps)), z.reshape(-1, 1, latents))
+            source = source if drawn else tuple(t.reshape(*t.shape[:2], -1, 1) for t in source)
+        shape = z.shape[:2]
+        log_joint = partial(density, params, task.variance, parts(x[:, None]))
+
+        def log_prior(z: Any) -> Any:
+            return -0.5 * sum(total(a * a) for a in z) - 0.5 * latents * math.log(2 * math.pi)
+
+        def kinetic(u: Any) -> Any:
+            return 0.5 * sum(total(a * a) for a in u)
+
+        def temperature(carried: Any, at: Any) -> Any:
+            z, value, gradient, log_weight = carried
+            before, beta, step, noise = at
+            if drawn:
+                key, other = jax.random.split(noise)
+                noise = jax.random.normal(key, (latents, *shape)), jax.random.uniform(other, (2, *shape))
+            normal, (v, w) = noise
+            before, beta, step = before[:, None], beta[:, None], step[:, None]
+            u = tuple(normal) if lanes else (jnp.moveaxis(normal, 0, -1),)
+            h = widen(step * (1 + task.jitter * (2 * w - 1)))
+            log_weight = log_weight + (beta - before) * (value - log_prior(z))
+
+            def kick(u: Any, gradient: Any, z: Any) -> Any:
+                return tuple(a + 0.5 * h * (widen(beta) * (g + b) - b) for a, g, b in zip(u, gradient, z, strict=True))
+
+            def leapfrog(moving: Any, _: Any) -> Any:
+                z, u, _, gradient = moving
+                u = kick(u, gradient, z)
+                z = tuple(a + h * b for a, b in zip(z, u, strict=True))
+                value, gradient = log_joint(z)
+                return (z, kick(u, gradient, z), value, gradient), None
+
+            moved, _ = jax.lax.scan(leapfrog, (z, u, value, gradient), None, task.leapfrogs, unroll=unroll)
+            new_z, new_u, new_value, new_gradient = moved
+            gain = beta * (new_value - value) + (1 - beta) * (log_prior(new_z) - log_prior(z)) - kinetic(new_u) + kinetic(u)
+            accept = jnp.log(v) < gain
+            z, gradient = (
+                tuple(jnp.where(widen(accept), a, b) for a, b in zip(new, old, strict=True))
+                for new, old in ((new_z, z), (new_gradient, gradient))
+            )
+            return (z, jnp.where(accept, new_value, value), gradient, log_weight), None
+
+        start = parts(z)
+        sources = jax.random.split(source, task.temperatures) if drawn else source
+        schedule = (betas.T[:-1], betas.T[1:], steps.T, sources)
+        (z, _, _, log_weight), _ = jax.lax.scan(temperature, (start, *log_joint(start), jnp.zeros(shape)), schedule)
+        z = jnp.stack(z, -1) if lanes else z[0]
+        return log_weight.reshape(rows, chains_), z.reshape(rows, chains_, latents)
+
+    return program
+
+
+def jax_forms(task: Task, quick: bool) -> Iterator[Form]:
+    """All rows in one program: with 16 chains a row there are too few to share out."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks import chains_jax
+
+    kinds = {"JAX natural": [("", 1), ("", 2)]}
+    kinds["JAX by coordinate"] = [(d, u) for d in chains_jax.DENSITIES for u in ((1, 2) if d == "forward" else (1,))]
+    for kind, variants in kinds.items():
+        for detail, unroll in variants[-1:] if quick else variants:
+            density = chains_jax.DENSITIES.get(detail, chains_jax.natural)
+
+            def arrays(task: Task) -> tuple[Any, ...]:
+                params = [tuple(jnp.asarray(t.cpu().numpy()) for t in pair) for pair in task.pairs]
+                return params, *(jnp.asarray(t.cpu().numpy()) for t in (task.x, task.z, task.betas, task.steps))
+
+            compiled, mine = jax.jit(program_of(density, task, unroll, True)), arrays(task)
+
+            def run(compiled: Any = compiled, mine: Any = mine) -> Annealed:
+                return Annealed(*jax.block_until_ready(compiled(*mine, jax.random.key(0))))
+
+            def check(
+                part: Task, normal: Tensor, uniform: Tensor, density: Any = density, unroll: int = unroll, arrays: Any = arrays
+            ) -> Annealed:
+                noise = tuple(jnp.asarray(t.permute(2, 3, 0, 1).numpy()) for t in (normal, uniform))
+                return Annealed(*jax.jit(program_of(density, part, unroll, False))(*arrays(part), noise))
+
+            name = f"{kind}{detail and ', '}{detail}" + (f", {unroll} leapfrogs unrolled" if unroll > 1 else "")
+            yield Form(name, "ieee", run, check)
+
+
+def forms(task: Task, quick: bool) -> Iterator[Form]:
+    for kind in KINDS if not quick else ("torch eager", "torch.compile"):
+        annealer = Annealer(kind)
+
+        def check(part: Task, normal: Tensor, uniform: Tensor, annealer: Annealer = annealer) -> Annealed:
+            return annealer(part, given(part, normal, uniform))
+
+        yield Form(kind, "ieee", partial(lambda annealer: annealer(task, drawing(task)), annealer), check)
+    if importlib.util.find_spec("jax") is not None:
+        from benchmarks import chains_jax
+
+        if not task.x.is_cuda or chains_jax.on_gpu():
+            yield from jax_forms(task, quick)
