@@ -18,9 +18,11 @@ if importlib.util.find_spec("triton") is None:
 from offline import TARGETS, Key, Resources, key_of, resources
 
 from libi_fast.kernels import gpu
+from libi_fast.kernels.annealing import gpu as annealing
 from libi_fast.kernels.chains import gpu as chains
 from libi_fast.kernels.chains.reference import Noise, Settings, reference_uniform
 from libi_fast.kernels.importance import gpu as importance
+from libi_fast.kernels.importance import gpu_resampling as resampling
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
 from libi_fast.kernels.log_mean_exp import gpu as log_mean_exp
 from libi_fast.kernels.random import gpu as random
@@ -84,6 +86,33 @@ def chains_launches(model: Decoder, rows: int, count: int, method: str = "hmc", 
     return launches
 
 
+def annealing_launches(model: Decoder, rows: int, count: int, rate: float = 0.0) -> list[gpu.Launch]:
+    latent_dim, outputs, temperatures = model.weights[0].shape[-1], model.weights[-1].shape[-2], 1000
+    x, mean = torch.empty(1, rows, outputs, device=META), torch.empty(1, rows, latent_dim, device=META)
+    z, step = torch.empty(1, rows, count, latent_dim, device=META), torch.empty(1, rows, temperatures, device=META)
+    betas = torch.empty(temperatures + 1, dtype=torch.float64, device=META)
+    seed, replicas = torch.empty((), dtype=torch.int64, device=META), torch.empty(1, dtype=torch.int64, device=META)
+    noise = Noise(seed, replicas, (1, 2), reference_normal, reference_uniform)
+    with gpu.recorded() as launches:
+        annealing.run(x, z, betas, step, mean, mean, model, noise, annealing.Settings(10, 0.5, rate, 0.7))
+    return launches
+
+
+def resampling_launches(model: Decoder, rows: int, samples: int, count: int) -> list[gpu.Launch]:
+    """What follows the likelihood's own kernels."""
+    latent_dim, outputs = model.weights[0].shape[-1], model.weights[-1].shape[-2]
+    x, mean = torch.empty(1, rows, outputs, device=META), torch.empty(1, rows, latent_dim, device=META)
+    draws = Draws(torch.empty((), dtype=torch.int64, device=META), torch.empty(1, dtype=torch.int64, device=META), 0, 0, 0,
+                  reference_normal)  # fmt: skip
+
+    def uniforms(rows: slice) -> torch.Tensor:
+        return torch.empty(1, rows.stop - rows.start, count, device=META)
+
+    with gpu.recorded() as launches:
+        resampling.forward_and_resample(x, mean, mean, model, draws, samples, 9, "ieee", uniforms, count)
+    return [launch for launch in launches if launch.kernel.__module__ == resampling.__name__]
+
+
 W2 = decoder([2, 50, 2], "tanh", "gaussian")
 WIDEST_NARROW = decoder([7, 256, 1], "gelu", "bernoulli")  # the most registers of all that the narrow kernels take
 WIDEST_JACOBIAN = decoder([4, 100, 4], "gelu", "gaussian")
@@ -106,6 +135,16 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
         *chains_launches(W2, 10_000, 64, target=0.8),
         *chains_launches(W2, 10_000, 64),
         *chains_launches(W2, 10_000, 64, "random-walk"),
+    ],
+    "W9": lambda: [*annealing_launches(W2, 20, 16), *annealing_launches(W2, 10_000, 16), *annealing_launches(W2, 20, 16, 0.1)],
+    "annealing, most registers": lambda: [
+        *annealing_launches(WIDEST_NARROW, 100, 16, 0.1),
+        *annealing_launches(WIDEST_JACOBIAN, 10_000, 16, 0.1),
+    ],
+    "resampling": lambda: [
+        *resampling_launches(W2, 50_000, 5000, 1000),
+        *resampling_launches(decoder([8, 50, 9], "tanh", "gaussian"), 50, 5000, 1000),  # the most registers
+        *resampling_launches(decoder([50, 100, 20], "tanh", "gaussian"), 50, 5000, 1000),
     ],
     "chains, most registers": lambda: [
         *chains_launches(WIDEST_NARROW, 100, 64, target=0.8),

@@ -201,6 +201,30 @@ def squares_of(values, COUNT: tl.constexpr):
 
 # --- the chains ---
 
+
+@triton.jit
+def uniforms_of(key, counter, number, use, time, fresh, v0, v1, v2, v3):
+    """log v' and v of a transition, and the counter's four draws that they come from, made where the sequence enters them."""
+    if (time % 2 == 0) | fresh:
+        block = (time // 2).to(tl.uint32) + 0 * number
+        v0, v1, v2, v3 = uniform4(key, counter, block, number, use)
+    even = time % 2 == 0
+    return log_unit(tl.where(even, v0, v2)), tl.where(even, v1, v3), v0, v1, v2, v3
+
+
+@triton.jit
+def momenta_of(key, counter, number, use, time, fresh, n0, n1, n2, n3, L: tl.constexpr):
+    """The L normals of a transition and, after them, the last four draws that they come from."""
+    u = ()
+    for l in tl.static_range(L):
+        i = time * L + l
+        if (i % 4 == 0) | (fresh & (l == 0)):
+            block = (i // 4).to(tl.uint32) + 0 * number
+            n0, n1, n2, n3 = normals4(key, counter, block, number, use)
+        u = u + (tl.where(i % 4 < 2, tl.where(i % 4 == 0, n0, n1), tl.where(i % 4 == 2, n2, n3)),)
+    return u + (n0, n1, n2, n3)
+
+
 # Sizes and counters change from call to call, and nothing is gained by a kernel compiled for a multiple of 16 of them.
 COUNTS = (
     "rows", "chains", "kept", "transitions", "leapfrogs", "thinning", "first_transition", "first_row", "momentum_stream",
@@ -263,27 +287,20 @@ def chains_kernel(
         gradient = zeros_of(L, BLOCK, LANES)
     accepted = tl.zeros((BLOCK, LANES), tl.float64)
     diverged = tl.zeros((BLOCK, LANES), tl.int32)
-    # The counters' last four draws, each used once: blocks are made where a sequence enters them.
+    # The counters' last four draws, each used once.
     n0, n1, n2, n3 = zeros_of(4, BLOCK, LANES)
     v0, v1, v2, v3 = zeros_of(4, BLOCK, LANES)
     # Transition -1 takes one step of length 0, and takes it always: so the start is evaluated by the code of all others.
     for t in range(-1, transitions):
         time = (tl.cast(first_transition, tl.int64) + t).to(tl.uint64)
-        if (time % 2 == 0) | (t < 0):
-            block = (time // 2).to(tl.uint32) + 0 * number
-            v0, v1, v2, v3 = uniform4(key, counter, block, number, acceptance_use)
-        even = time % 2 == 0
-        log_v = log_unit(tl.where(even, v0, v2))
-        jittered = eps * (1.0 + jitter * (2.0 * tl.where(even, v1, v3) - 1.0))
+        log_v, w, v0, v1, v2, v3 = uniforms_of(key, counter, number, acceptance_use, time, t < 0, v0, v1, v2, v3)
+        jittered = eps * (1.0 + jitter * (2.0 * w - 1.0))
+        drawn = momenta_of(key, counter, number, momentum_use, time, t < 0, n0, n1, n2, n3, L)
+        n0, n1, n2, n3 = drawn[L], drawn[L + 1], drawn[L + 2], drawn[L + 3]
         u = ()
         h = ()
         for l in tl.static_range(L):
-            i = time * L + l
-            if (i % 4 == 0) | ((t < 0) & (l == 0)):
-                block = (i // 4).to(tl.uint32) + 0 * number
-                n0, n1, n2, n3 = normals4(key, counter, block, number, momentum_use)
-            drawn = tl.where(i % 4 < 2, tl.where(i % 4 == 0, n0, n1), tl.where(i % 4 == 2, n2, n3))
-            u = u + (drawn,)
+            u = u + (drawn[l],)
             h = h + (tl.where(t < 0, 0.0, jittered * scale[l]),)
 
         # A proposal, and what log pi + kinetic energy loses by it.
@@ -373,7 +390,7 @@ def pair(packed: gpu_narrow.Packed) -> Paired:
     return Paired(table.view(torch.int64)[..., 0], steps)
 
 
-def _candidates(chains: int, values: int, activation: str) -> list[tuning.Configuration]:
+def candidates(chains: int, values: int, activation: str) -> list[tuning.Configuration]:
     """(warps, chains or halves of chains a thread, lanes of a chain); the first is the fixed choice."""
     if chains < FEW:
         fixed = (1, 1, 2)
@@ -381,6 +398,12 @@ def _candidates(chains: int, values: int, activation: str) -> list[tuning.Config
         fixed = (1, 2 if chains >= MANY and values <= 4 and activation in CHEAP else 1, 1)
     others = [(1, 1, 1), (1, 2, 1), (4, 1, 1), (4, 2, 1), (1, 1, 2)]
     return [{"warps": w, "per_thread": p, "lanes": n} for w, p, n in dict.fromkeys((fixed, *others))]
+
+
+def block_of(configuration: tuning.Configuration) -> int:
+    """Chains of a program."""
+    lanes = (64 if gpu.amd() else 32) * configuration["warps"]
+    return lanes * configuration["per_thread"] // configuration["lanes"]
 
 
 def run(
@@ -404,8 +427,7 @@ def run(
     variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
 
     def launch(configuration: tuning.Configuration) -> None:
-        lanes = configuration["lanes"]
-        block = (64 if gpu.amd() else 32) * configuration["warps"] * configuration["per_thread"] // lanes
+        block, lanes = block_of(configuration), configuration["lanes"]
         gpu.launch(
             chains_kernel, (replicas * triton.cdiv(rows * chains, block),),
             noise.seed, noise.replicas, x, z, step, log_scale, table, packed.bias, variance, *result,
@@ -422,5 +444,5 @@ def run(
         "likelihood": decoder.likelihood, "method": settings.method, "adapt": settings.target > 0, "chains": step.numel(),
     }  # fmt: skip
     with gpu.device_of(x):
-        launch(tuning.choose("chains", problem, _candidates(step.numel(), latent_dim + outputs, packed.activation), launch))
+        launch(tuning.choose("chains", problem, candidates(step.numel(), latent_dim + outputs, packed.activation), launch))
     return result._replace(divergences=result.divergences.long())

@@ -167,7 +167,7 @@ def test_nothing_but_its_counters_moves_a_chain(device, method, monkeypatch):
     c = case([2, 14, 2], rows=5, chains=5, step=0.6)
     found = []
     for size in SIZES:
-        monkeypatch.setattr(gpu, "_candidates", lambda *sizes, size=size: [size])
+        monkeypatch.setattr(gpu, "candidates", lambda *sizes, size=size: [size])
         found.append(c.fused(device, settings))
         part = c.rows(slice(2, 4)).fused(device, settings._replace(first_row=5))
         for whole, some in zip(found[-1], part, strict=True):
