@@ -205,8 +205,8 @@ def error(found: Drawn, truth: Truth, scale: Tensor, tolerance: float = TOLERANC
 def means(found: Drawn) -> Tensor:
     """Of each chain, [N, C, L + 2]: of its latents, its log density and its acceptance."""
     z, log_density, acceptance = found.standard()
-    moments = z.mean(2, dtype=torch.float64), log_density.mean(2, dtype=torch.float64)[..., None], acceptance[..., None].double()
-    return torch.cat(moments, -1)
+    of_density = log_density.mean(2, dtype=torch.float64)
+    return torch.cat((z.mean(2, dtype=torch.float64), torch.stack((of_density, acceptance.double()), -1)), -1)
 
 
 def agree(found: Drawn, expected: Tensor) -> dict[str, Any]:

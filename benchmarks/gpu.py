@@ -42,7 +42,8 @@ def steps() -> list[Step]:
     pytest = ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider", *(("-n", "8") if find_spec("xdist") else ()))
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     tests = [Step(path.stem, (*pytest, path.relative_to(ROOT).as_posix()), 540) for path in files]
-    workloads = [Step(name, (*here, name, "--json", "{out}", "{quick}"), 540) for name in ("W1", "W2", "W3", "W4a", "W4b", "W7")]
+    names = ("W1", "W2", "W3", "W4a", "W4b", "W7")
+    workloads = [Step(name, (*here, name, "--json", "{out}", "{quick}"), 540) for name in names]
     return [
         Step("install", ("{python}", "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."), 240),
         *tests,

@@ -174,7 +174,8 @@ def measure_chains(card: Card, result: dict[str, Any], keep: Callable[[], None],
         keep()
         if not found["error"]["allowed"]:
             raise SystemExit(f"chains are wrong on this GPU: {found['error']}")
-        good = {form.name: form.run for form in case.forms() if tried(form, case, found["forms"].setdefault(form.name, {}), keep)}
+        entries = found["forms"]
+        good = {f.name: f.run for f in case.forms() if tried(f, case, entries.setdefault(f.name, {}), keep)}
         times = found["interleaved"] = interleaved({"libi_fast": case.ours, **good})
         matmul_rate("ieee")  # so that the clock is that of work
         clock, lanes = card.now()["sm MHz"], 128 * torch.cuda.get_device_properties(0).multi_processor_count

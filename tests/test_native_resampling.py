@@ -13,7 +13,6 @@ from torch import Tensor
 
 from libi_fast.kernels import cpu
 from libi_fast.kernels.importance import reference
-from libi_fast.kernels.random import reference as random
 
 if not cpu.available():
     pytest.skip(f"no compiled library: {cpu.why_unavailable()}", allow_module_level=True)

@@ -6,8 +6,8 @@ it never falls, a sample of no weight is never chosen, and no order of summing m
 bisection. Moments are summed about the sample of the largest weight, so that a posterior much narrower than its proposal loses
 nothing; noise is drawn again from its counters, not kept.
 
-A sample costs 8 bytes of log-weights and 8 of their sums in memory, twice each, and its noise once more: beside a decoder of 50
-units (850 instructions) a tenth. With more than 8 latents the moments would not stay in registers: there torch has them, chunk by
+A sample costs 4 bytes of log-weights, read twice more, 8 of their sums, and its noise once more: beside a decoder of 50 units
+(850 instructions) a tenth. With more than 8 latents the moments would not stay in registers: there torch has them, chunk by
 chunk, which is little beside such decoders.
 """
 

@@ -135,4 +135,3 @@ def test_sample_posterior(device, latent_dim):
 
     found, truth = draw("triton", device, torch.float32), draw("reference", "cpu", torch.float64)
     torch.testing.assert_close(found.z.cpu().double(), truth.z, rtol=1e-4, atol=1e-5)
-
