@@ -20,13 +20,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import chains, peak
+import libi_fast as lf
+from benchmarks import chains, peak, workloads
 from benchmarks.cases import Case, numbers
 from benchmarks.chains import KINDS, evaluated
-from benchmarks.workloads import Form, Pairs
+from benchmarks.workloads import Form, Pairs, Problem
+from libi_fast.kernels.annealing import reference
+from libi_fast.kernels.chains.reference import Noise, log_joint
+from libi_fast.models.networks import recognise
+from libi_fast.ops import annealing as op
+from libi_fast.ops.random import Stream, as_replicas, as_seed
 
 ROWS, CHAINS, TEMPERATURES, LEAPFROGS, JITTER = 20, 16, 1000, 10, 0.5
 CHECKED = 10  # temperatures
+TOLERANCE = 5e-3  # of z, of the prior's width; of log-weights, relative to 1 + their size
 CLOSE_CALL = 1e-2  # nats, as in W7
 STANDARD_ERRORS = 6
 
@@ -38,7 +45,7 @@ class Task(NamedTuple):
     variance: float
     x: Tensor  # [M, D]
     z: Tensor  # [M, C, L], where chains start
-    betas: Tensor  # [M, T + 1]
+    betas: Tensor  # [M, T + 1], float64
     steps: Tensor  # [M, T]
     leapfrogs: int = LEAPFROGS
     jitter: float = JITTER
@@ -64,6 +71,175 @@ class Annealed(NamedTuple):
 
     log_weight: Any
     z: Any
+
+
+def cases(quick: bool) -> list[Case]:
+    return [case(task_of(4, 4, 40), quick) if quick else case(task_of(ROWS, CHAINS, TEMPERATURES))]
+
+
+def task_of(rows: int, chains_: int, temperatures: int, device: str = "cpu") -> Task:
+    """Rows forward, then the same rows back, with the step sizes that pilot runs found."""
+    p = Problem.of(workloads.WORKLOADS["W2"]._replace(rows=rows, samples=1), device)
+    model = workloads.model_of(p)
+    x, exact = model.sample_joint(rows, 1)
+    found = lf.annealed_log_likelihood(
+        model, x, chains=chains_, temperatures=temperatures, leapfrogs=LEAPFROGS, jitter=JITTER, seed=1
+    )
+    start = lf.philox_normal(2, rows * chains_, p.mean.shape[1], device=device).unflatten(0, (rows, chains_))
+    betas = lf.annealed.sigmoid_betas(temperatures).expand(rows, -1)
+    step = found.step_size
+    return Task(
+        p.pairs, p.workload.variance, torch.cat((x, x)), torch.cat((start, exact[:, None].expand_as(start))),
+        torch.cat((betas, betas.flip(1))), torch.cat((step, step.flip(1))),
+    )  # fmt: skip
+
+
+# --- ours, and what is right ---
+
+
+def arguments(task: Task) -> tuple[Any, ...]:
+    """Of the operator and of the reference: the two directions are replicas that share their data."""
+    half = len(task.x) // 2
+
+    def both(t: Tensor) -> Tensor:
+        return t.unflatten(0, (2, half)).contiguous()
+
+    z = both(task.z)
+    zeros = z.new_zeros((2, half, z.shape[-1]))
+    return task.x[None, :half].contiguous(), z, both(task.betas)[:, 0].contiguous(), both(task.steps), zeros, zeros
+
+
+def model_of(task: Task) -> lf.LatentVariableModel:
+    widths = (task.z.shape[-1], *(len(bias) for _, bias in task.pairs))
+    workload = workloads.WORKLOADS["W2"]._replace(widths=widths, variance=task.variance, rows=len(task.x))
+    return workloads.model_of(Problem(workload, task.x, task.x, task.x, task.pairs))
+
+
+def ours(task: Task) -> Callable[[], Annealed]:
+    model, given = model_of(task), arguments(task)
+    recognised = recognise(model.decoder, model.likelihood.name)
+    assert recognised is not None
+    variance, seed = model.likelihood.variance[None], as_seed(0, task.x.device)
+    replicas, settings = as_replicas(2, task.x.device), op.Settings(task.leapfrogs, task.jitter)
+
+    def call() -> Annealed:
+        found = op.annealing_of_layers(*given, *recognised, variance, seed, replicas, settings)
+        return Annealed(found.log_weights.flatten(0, 1), found.z.flatten(0, 1))
+
+    return call
+
+
+def our_noise(task: Task) -> tuple[Tensor, Tensor]:
+    """The noise that our call draws: normal [M, C, T, L], uniform [M, C, T, 2]."""
+    half, (_, chains_, latents) = len(task.x) // 2, task.z.shape
+    kinds = ((lf.philox_normal, latents, Stream.ANNEALING_MOMENTUM), (lf.philox_uniform, 2, Stream.ANNEALING_ACCEPTANCE))
+    found = []
+    for draw, each, stream in kinds:
+        of_chains = [draw(0, half, task.temperatures * each, replicas=2, repetition=c, stream=stream) for c in range(chains_)]
+        found.append(torch.stack(of_chains, 2).unflatten(-1, (-1, each)).flatten(0, 1))
+    normal, uniform = found
+    return normal, uniform
+
+
+class Truth(NamedTuple):
+    """In float64; ``followed`` [M, C]: no decision was a close call."""
+
+    log_weight: Tensor
+    z: Tensor
+    followed: Tensor
+
+
+@torch.no_grad()
+def truth_of(task: Task, normal: Tensor, uniform: Tensor) -> Truth:
+    """The reference one temperature after another, as it tells acceptance in a call's mean alone."""
+    model = model_of(task).to("cpu", torch.float64)
+    recognised = recognise(model.decoder, model.likelihood.name)
+    assert recognised is not None
+    layers, parameters = recognised
+    decoder = layers.decoder(parameters, model.likelihood.variance[None])
+    x, z, betas, steps, mean, log_scale = (t.to("cpu", torch.float64) for t in arguments(task))
+    half = x.shape[1]
+
+    def density(rows: slice, at: Tensor) -> tuple[Tensor, Tensor]:
+        return log_joint(decoder, x[:, rows, None], at)
+
+    def source(noise: Tensor) -> Callable[..., Tensor]:
+        noise = noise.double().flatten(2).unflatten(0, (2, half))
+
+        def draw(seed: Any, replicas: Any, first: int, rows: int, at: int, draws: int, chain: int, *rest: Any) -> Tensor:
+            return noise[:, first : first + rows, chain, at : at + draws]
+
+        return draw
+
+    noise = Noise(torch.tensor(0), torch.tensor([0, 1]), (0, 0), source(normal), source(uniform))
+    accept = uniform[..., 0].double().log().unflatten(0, (2, half))
+    log_weights, followed = torch.zeros_like(z[..., 0]), torch.ones_like(z[..., 0], dtype=torch.bool)
+    for t in range(task.temperatures):
+        settings = reference.Settings(task.leapfrogs, task.jitter, first_transition=t)
+        found = reference.run(
+            density, z, betas[:, t : t + 2], steps[..., t : t + 1], mean, log_scale, noise, settings, decoder.widest
+        )
+        z, log_weights = found.z, log_weights + found.log_weights
+        followed &= (accept[..., t] - found.acceptance.log()).abs() > CLOSE_CALL
+    return Truth(*(t.flatten(0, 1) for t in (log_weights, z, followed)))
+
+
+def error(found: Annealed, truth: Truth) -> dict[str, Any]:
+    """Over the chains that are followed to the end, of their log-weights and states."""
+    log_weight, z = (numbers(t).cpu().double() for t in found)
+    off = ((log_weight - truth.log_weight).abs() / (1 + truth.log_weight.abs()))[truth.followed]
+    of_z = (z - truth.z).abs().amax(-1)[truth.followed]
+    return {
+        "value": float(off.max()), "mean value": float(off.square().mean().sqrt()), "z": float(of_z.max()), "rows": len(z),
+        "followed to the end": float(truth.followed.double().mean()),
+        "allowed": bool(off.max() <= TOLERANCE and of_z.max() <= TOLERANCE),
+    }  # fmt: skip
+
+
+def agree(found: Annealed, ours: Annealed) -> dict[str, Any]:
+    """The mean log-weight of each row, in standard errors of the difference (chains of both are independent): the largest, and
+    of all rows of a direction together."""
+    first, second = (numbers(f.log_weight).double() for f in (found, ours))
+    off = first.mean(1) - second.mean(1)
+    errors = off / ((first.var(1) + second.var(1)) / first.shape[1]).sqrt().clamp_min(1e-12)
+    together = errors.unflatten(0, (2, -1)).sum(1).abs() / math.sqrt(len(errors) // 2)
+    largest, summed = float(errors.abs().max()), float(together.max())
+    return {
+        "standard errors, largest of rows": largest, "of all rows": summed,
+        "allowed": largest <= 2 * STANDARD_ERRORS and summed <= STANDARD_ERRORS,  # 16 chains a row: t has heavy tails
+    }  # fmt: skip
+
+
+def case(task: Task, quick: bool = False) -> Case:
+    short = task.first(min(CHECKED, task.temperatures))
+    noise = our_noise(short)
+    kept: dict[str, Any] = {}  # made when first asked for
+    call = ours(task)
+
+    def judge(found: Annealed) -> dict[str, Any]:
+        if "truth" not in kept:
+            kept["truth"] = truth_of(short, *noise)
+        return error(found, kept["truth"])
+
+    def whole(found: Annealed) -> dict[str, Any]:
+        if "ours" not in kept:
+            kept["ours"] = call()
+        return agree(found, kept["ours"])
+
+    rows, chains_, _ = task.z.shape
+    size = f"{rows // 2} x {chains_} chains x {task.temperatures} temperatures of {task.leapfrogs} leapfrogs, there and back"
+    return Case(
+        "W9", size, call, lambda: judge(ours(short)()),
+        lambda: judge(Annealer("torch eager")(short, given(short, *noise))), judge, (short, *noise),
+        lambda: forms(task, quick), whole, lambda: peak.bound(counts(task)),
+    )  # fmt: skip
+
+
+def counts(task: Task) -> dict[str, float]:
+    """Of each leapfrog, as in W7."""
+    hidden, latents = task.pairs[0][0].shape
+    products = hidden * (latents + len(task.pairs[1][0]))
+    return {"multiply-add": float(task.count * (2 * products + hidden)), "tanh": float(task.count * hidden)}
 
 
 # --- the schedule in torch ---
@@ -132,7 +308,7 @@ class Annealer:
         x, z = self.parts(task.x[:, None]), self.parts(task.z)
         value, gradient = evaluated(self.density, task.pairs, task.variance, x, z)
         log_weight = torch.zeros_like(value)
-        betas, steps = task.betas.T.contiguous()[..., None], task.steps.T.contiguous()[..., None]
+        betas, steps = (t.to(value.dtype).T.contiguous()[..., None] for t in (task.betas, task.steps))
         for t in range(task.temperatures):
             u, v, w = noise(t)
             z, value, gradient, log_weight = self.step(
@@ -241,7 +417,7 @@ def jax_forms(task: Task, quick: bool) -> Iterator[Form]:
 
             def arrays(task: Task) -> tuple[Any, ...]:
                 params = [tuple(jnp.asarray(t.cpu().numpy()) for t in pair) for pair in task.pairs]
-                return params, *(jnp.asarray(t.cpu().numpy()) for t in (task.x, task.z, task.betas, task.steps))
+                return params, *(jnp.asarray(t.cpu().numpy()) for t in (task.x, task.z, task.betas.float(), task.steps))
 
             compiled, mine = jax.jit(program_of(density, task, unroll, True)), arrays(task)
 
