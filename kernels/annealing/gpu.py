@@ -118,7 +118,7 @@ def annealing_kernel(
     value = tl.zeros((BLOCK, LANES), tl.float32)  # of log p(x, z) without its constants, where the chain stands
     slope = zeros_of(L, BLOCK, LANES)
     log_weight = tl.zeros((BLOCK, LANES), tl.float64)
-    accepted = tl.zeros((BLOCK, LANES), tl.float64)
+    accepted = tl.zeros((BLOCK, LANES), tl.float32)
     n0, n1, n2, n3 = zeros_of(4, BLOCK, LANES)
     v0, v1, v2, v3 = zeros_of(4, BLOCK, LANES)
     # Transition -1 takes one step of length 0, and takes it always: so the start is evaluated by the code of all others.
@@ -171,7 +171,7 @@ def annealing_kernel(
         slope = new_slope
         if t >= 0:
             probability = tl.where(gain == gain, exp(tl.minimum(gain, 0.0)), 0.0)
-            accepted += probability.to(tl.float64)
+            accepted += probability
             if ADAPT:
                 tl.store(steps_out + own * temperatures + t, eps, mask=valid)
                 offset += rate * (probability - target)
@@ -179,7 +179,7 @@ def annealing_kernel(
     for l in tl.static_range(L):
         tl.store(last + own * L + l, z[l], mask=valid)
     tl.store(log_weights + own, log_weight.to(tl.float32), mask=valid)
-    tl.store(acceptance + own, (accepted / temperatures).to(tl.float32), mask=valid)
+    tl.store(acceptance + own, accepted / temperatures, mask=valid)
 
 
 def run(

@@ -33,8 +33,8 @@ from libi_fast.kernels.random.gpu import normals4
 
 WIDEST = 8  # latents whose moments stay in registers
 HELD = 2**24  # log-weights of a block of rows
-STEP = 1024  # samples that are summed at once
-DRAWS = 256  # that are chosen at once
+STEP = 512  # samples that are summed at once
+DRAWS = 128  # that are chosen at once
 
 # --- what all draws need ---
 
@@ -118,10 +118,10 @@ def choose_kernel(
         density = tl.load(weights + sample)
         place = (replica * rows + row) * draws + draw
         for l in range(0, latents):
-            noise = normal_at(key, counter + 0 * draw.to(tl.uint32), sample * latents + l, again, last)
+            normal = normal_at(key, counter + 0 * draw.to(tl.uint32), sample * latents + l, again, last)
             shift = tl.load(log_scale + l)
-            tl.store(z + place * latents + l, tl.load(mean + l) + exp(shift) * noise, mask=valid)
-            density -= 0.5 * (noise * noise + LOG_2PI) + shift
+            tl.store(z + place * latents + l, tl.load(mean + l) + exp(shift) * normal, mask=valid)
+            density -= 0.5 * (normal * normal + LOG_2PI) + shift
         tl.store(log_density + place, density, mask=valid)
 
 
@@ -219,6 +219,7 @@ def forward_and_resample(
     """As reference.forward_and_resample, float32; ``count`` draws a row, ``precision`` as in gpu.forward."""
     replicas, n, latents = mean.shape
     mean, log_scale = mean.contiguous(), log_scale.contiguous()
+    limit = {} if gpu.amd() else {"maxnreg": 96}  # left to itself, the assembler takes 56, for more programs, and spills
 
     def new(*shape: int) -> Tensor:
         return mean.new_empty((replicas, n, *shape))
@@ -243,7 +244,7 @@ def forward_and_resample(
             gpu.launch(
                 choose_kernel, (replicas * height,), draws.seed, draws.replicas, mean, log_scale, weights,
                 uniforms(rows).contiguous(), cumulated, pivots, centres, z, log_density, *counts, count,
-                num_samples.bit_length(), latents, STEP=STEP, DRAWS=DRAWS, LATENTS=triton.next_power_of_2(latents), num_warps=4,
+                num_samples.bit_length(), latents, STEP=STEP, DRAWS=DRAWS, LATENTS=triton.next_power_of_2(latents), num_warps=4, **limit,
             )  # fmt: skip
             if latents > WIDEST:
                 moments = wide_moments(*here, own, weights, pivots, centres)
