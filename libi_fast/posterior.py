@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -312,7 +313,8 @@ def sample_posterior(
         step_size: where adaptation starts, in units of the scales; with warmup=0 it is the step size.
         target_acceptance: default 0.8 (hmc), 0.574 (mala), 0.234 (random-walk).
         jitter: each transition's step size is multiplied by a uniform number in 1 -+ jitter, so that no path is periodic.
-        out: a file (.npy) that takes the draws as they come: z is then mapped from it, and memory does not grow with N.
+        out: a file, 'z.npy', that takes the draws block by block, and 'z.log_density.npy' beside it: both are overwritten, and
+            mapped as z and log_density (on the CPU), so that memory does not grow with N x S.
         progress: a bar over blocks of rows.
 
     Returns:
@@ -385,22 +387,30 @@ def _chains_of(
 
 
 def _collect(sampler: _Chains | _Resampling, num_samples: int, out: Any, progress: bool) -> PosteriorSamples:
-    """Blocks of rows one after another; z goes to a file where one is named."""
-    like = sampler.x
-    shape = (like.shape[0], num_samples, sampler.model.latent_dim)
-    z = like.new_empty(shape)[:0] if out is not None else like.new_empty(shape)
-    if out is not None:
-        mapped = np.lib.format.open_memmap(out, "w+", dtype=str(like.dtype).removeprefix("torch."), shape=shape)
-        z = torch.from_numpy(mapped)
+    """Blocks of rows one after another."""
+    draws = _draws((len(sampler.x), num_samples, sampler.model.latent_dim), sampler.x, out)
     parts: dict[str, list[Tensor]] = {}
     rows_at_once = max(1, VALUES_AT_ONCE // sampler.a_row)
-    for rows in tqdm(list(blocks(shape[0], rows_at_once)) or [slice(0, 0)], desc="sampling", disable=not progress):
+    for rows in tqdm(list(blocks(len(sampler.x), rows_at_once)) or [slice(0, 0)], desc="sampling", disable=not progress):
         found = sampler.sample(rows)
-        z[rows] = found.pop("z").to(z.device)
+        for name, whole in draws.items():
+            whole[rows] = found.pop(name)
         for name, part in found.items():
             parts.setdefault(name, []).append(part)
     chains = sampler.chains if isinstance(sampler, _Chains) else None
-    return PosteriorSamples(z, chains=chains, **{name: torch.cat(part) for name, part in parts.items()})
+    return PosteriorSamples(**draws, chains=chains, **{name: torch.cat(part) for name, part in parts.items()})
+
+
+def _draws(shape: tuple[int, int, int], like: Tensor, out: str | os.PathLike[str] | None) -> dict[str, Tensor]:
+    """z and log_density, all that grows with the number of draws: in memory, or in files where one is named."""
+    shapes = {"z": shape, "log_density": shape[:2]}
+    if out is None:
+        return {name: like.new_empty(size) for name, size in shapes.items()}
+    dtype = str(like.dtype).removeprefix("torch.")
+    files = {"z": Path(out), "log_density": Path(out).with_suffix(".log_density.npy")}
+    return {
+        name: torch.from_numpy(np.lib.format.open_memmap(files[name], "w+", dtype, size)) for name, size in shapes.items()
+    }
 
 
 def _warn(samples: PosteriorSamples, num_candidates: int) -> None:
