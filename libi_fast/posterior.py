@@ -117,7 +117,7 @@ class _Chains:
 
     @property
     def a_row(self) -> int:
-        """Values that a row takes at once."""
+        """Values that a row takes at once, about."""
         return self.chains * max(self.settings.kept, min(self.warmup, WINDOW_DRAWS)) * (self.model.latent_dim + 1)
 
     def run(self, rows: slice, z: Tensor, step: Tensor, log_scale: Tensor, settings: op.Settings) -> op.Result:
@@ -160,8 +160,9 @@ class _Chains:
         return q.draw(noise, uniform, rows), draws.std(1).log()
 
     def warm_up(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, step sizes [n] and log scales [n, L] after three windows: in each the chains find their step sizes, of
-        which the row takes the median; after the first two the draws of all chains give the scales."""
+        """Positions, step sizes [n] and log scales [n, L] after three windows: in each the chains find their step sizes, and of
+        the last the row takes the median; after the first two the draws of all chains give the scales. Chains that have no
+        density are left out of both."""
         z, log_scale = self.start(rows)
         step = torch.full(z.shape[:2], self.step_size, dtype=z.dtype, device=z.device)
         first = self.settings.first_transition - self.warmup
@@ -178,7 +179,9 @@ class _Chains:
             if first < self.settings.first_transition:
                 log_scale = pooled_log_scale(result, log_scale)
             else:
-                step = result.step.log().median(-1).values.exp()[:, None].expand_as(step)
+                alive = torch.isfinite(result.log_density[:, :, -1])  # others reject all, and their steps fall to 0
+                row_step = torch.where(alive, result.step, math.nan).nanmedian(-1).values
+                step = torch.where(row_step.isnan(), self.step_size, row_step)[:, None].expand_as(step)
         return z, step[:, 0], log_scale
 
     def sample(self, rows: slice) -> dict[str, Tensor]:
@@ -231,8 +234,8 @@ class _Resampling:
     @property
     def a_row(self) -> int:
         fused = isinstance(self.proposal, MeanField) and recognise_model(self.model, self.x) is not None
-        kept = self.count if fused else self.settings.num_samples
-        return max(kept, self.count) * (self.model.latent_dim + 1)
+        kept = self.count if fused else max(self.count, self.settings.num_samples)
+        return kept * (self.model.latent_dim + 1) + self.settings.tail
 
     def sample(self, rows: slice) -> dict[str, Tensor]:
         """Draws and what is told of them, by the names of PosteriorSamples."""
