@@ -54,19 +54,21 @@ class PosteriorSamples:
     """Draws from p(z | x_n) for each of N data points, S of each, and what is needed to judge them.
 
     Attributes:
-        z: [N, S, L]; of chains, one whole chain after another: ``z.unflatten(1, (chains, -1))``.
+        z: [N, S, L]; of chains, one whole chain after another: ``z.unflatten(1, (chains, -1))``. Not differentiable.
         log_density: [N, S], log p(x, z) of each draw, in nats.
-        mean, covariance: [N, L] and [N, L, L], of the draws; of 'sir' by the weights of all candidates, which is more accurate.
+        mean, covariance: [N, L] and [N, L, L], of all draws, failed chains' among them; of 'sir' by the weights of all
+            candidates, which is more accurate.
         effective_sample_size: of chains [N, L], bulk, of S draws; of 'sir' [N], Kish's, of the candidates.
 
         Of chains alone, else None:
         chains: C, how many a data point has.
         acceptance_rate: [N], mean acceptance probability after warm-up.
-        r_hat: [N, L], rank-normalised split R-hat; above 1.01 the chains have not converged.
+        r_hat: [N, L], rank-normalised split R-hat; above 1.01 the chains have not converged. NaN for one chain, or chains of
+            fewer than 4 draws.
         divergences: [N], transitions after warm-up whose energy error passed 1000 or was not a number.
         failed: [N, C], chains that started where the density is not finite, and never moved.
-        step_size: [N], after adaptation, in units of ``scale``; scale: [N, L], each latent's, the square root of the inverse
-            mass matrix's diagonal.
+        step_size: [N], after adaptation, in units of ``scale`` (jitter moves it about that); scale: [N, L], each latent's, the
+            square root of the inverse mass matrix's diagonal.
 
         Of 'sir' alone, else None:
         log_likelihood: [N], importance-weighted. pareto_k: [N], above 0.7 the draws are not to be trusted.
@@ -88,7 +90,8 @@ class PosteriorSamples:
     pareto_k: Tensor | None = None
 
     def to_arviz(self) -> Any:
-        """An ArviZ InferenceData: posterior ``z`` with dimensions (chain, draw, row, latent), sample_stats ``lp``."""
+        """ArviZ's InferenceData (of ArviZ 1 a DataTree): posterior ``z`` with dimensions (chain, draw, row, latent),
+        sample_stats ``lp``. Draws of 'sir' are one chain. ImportError without ArviZ."""
         try:
             import arviz
         except ImportError as error:
@@ -96,8 +99,10 @@ class PosteriorSamples:
         chains = self.chains or 1
         z = self.z.unflatten(1, (chains, -1)).movedim(0, 2).cpu().numpy()
         lp = self.log_density.unflatten(1, (chains, -1)).movedim(0, 2).cpu().numpy()
-        dims = {"z": ["row", "latent"], "lp": ["row"]}
-        return arviz.from_dict(posterior={"z": z}, sample_stats={"lp": lp}, dims=dims)
+        groups, dims = {"posterior": {"z": z}, "sample_stats": {"lp": lp}}, {"z": ["row", "latent"], "lp": ["row"]}
+        if int(arviz.__version__.split(".")[0]) < 1:
+            return arviz.from_dict(**groups, dims=dims)
+        return arviz.from_dict(groups, dims=dims)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ class _Chains:
     @property
     def a_row(self) -> int:
         """Values that a row takes at once, about."""
-        return self.chains * max(self.settings.kept, min(self.warmup, WINDOW_DRAWS)) * (self.model.latent_dim + 1)
+        of_chains = self.chains * max(self.settings.kept, min(self.warmup, WINDOW_DRAWS))
+        return max(of_chains, SCALE_DRAWS) * (self.model.latent_dim + 1)
 
     def run(self, rows: slice, z: Tensor, step: Tensor, log_scale: Tensor, settings: op.Settings) -> op.Result:
         """z [n, C, L], step [n, C], log_scale [n, L]; all results without the replica dimension."""
@@ -208,7 +214,8 @@ def moments(draws: Tensor) -> tuple[Tensor, Tensor]:
 
 def pooled_log_scale(result: op.Result, before: Tensor) -> Tensor:
     """Log standard deviations [n, L] of the second half of a window's draws, all chains together, drawn towards their mean over
-    latents as if 5 draws more had it (what Stan does towards 1e-3); rows that have not moved keep theirs."""
+    latents as if 5 draws more had it (what Stan does towards 1e-3); chains that have no density do not count, and rows whose
+    draws do not differ keep theirs."""
     draws = result.z[:, :, result.z.shape[2] // 2 :]
     alive = torch.isfinite(result.log_density[:, :, -1])[:, :, None, None]
     count = (alive.sum((1, 2)) * draws.shape[2]).clamp_min(2)
@@ -297,13 +304,14 @@ def sample_posterior(
     """Draws from p(z | x_n) for every data point at once.
 
     Chains run whole inside one kernel where the decoder is a Sequential of Linear and elementwise activations; any other
-    decoder runs in batched torch, equal in law. A chain's numbers depend on the seed, its row and its own number alone.
+    decoder runs in batched torch, equal in law. A row's draws depend on the seed, its global index and the number of its chains
+    (which share step size and scales), on no other row.
 
     Args:
         x: [N, D] (or [N, ...], flattened), the model's dtype and device.
         num_samples: S, draws of a data point; of chains a multiple of ``chains``.
-        method: 'hmc', 'mala' (one Langevin step a transition), 'random-walk'; or 'sir', which draws among importance-weighted
-            candidates, at the cost of a log-likelihood: right where its ``pareto_k`` is below 0.7.
+        method: 'hmc', 'mala' (one Langevin step a transition), 'random-walk'; or 'sir', which draws with replacement among
+            importance-weighted candidates, at the cost of a log-likelihood: right where its ``pareto_k`` is below 0.7.
         proposal: what 'sir' draws its candidates from; where chains start, and their first scales. q(x), a (mean, log_std)
             pair, a torch ``Normal``, a :class:`libi_fast.Proposal`; None: the prior.
         seed: 0 .. 2^64 - 1, an int64 tensor, or None for torch's generator. first_row: global index of x[0], so that a shard
@@ -325,6 +333,7 @@ def sample_posterior(
 
     Warns:
         DivergenceWarning: divergent transitions after warm-up, or chains that started where the density is not finite.
+        ParetoWarning: of 'sir', Pareto k above 0.7 for some rows (not with 20 candidates or fewer, which are too few to tell).
 
     Raises:
         InputError: shapes that do not fit, NaN or infinity in x (the row is named), sizes below 1, num_samples that is no
@@ -391,17 +400,15 @@ def _chains_of(
 
 def _collect(sampler: _Chains | _Resampling, num_samples: int, out: Any, progress: bool) -> PosteriorSamples:
     """Blocks of rows one after another."""
-    draws = _draws((len(sampler.x), num_samples, sampler.model.latent_dim), sampler.x, out)
-    parts: dict[str, list[Tensor]] = {}
+    n = len(sampler.x)
+    found = _draws((n, num_samples, sampler.model.latent_dim), sampler.x, out)
     rows_at_once = max(1, VALUES_AT_ONCE // sampler.a_row)
-    for rows in tqdm(list(blocks(len(sampler.x), rows_at_once)) or [slice(0, 0)], desc="sampling", disable=not progress):
-        found = sampler.sample(rows)
-        for name, whole in draws.items():
-            whole[rows] = found.pop(name)
-        for name, part in found.items():
-            parts.setdefault(name, []).append(part)
-    chains = sampler.chains if isinstance(sampler, _Chains) else None
-    return PosteriorSamples(**draws, chains=chains, **{name: torch.cat(part) for name, part in parts.items()})
+    for rows in tqdm(list(blocks(n, rows_at_once)) or [slice(0, 0)], desc="sampling", disable=not progress):
+        for name, part in sampler.sample(rows).items():
+            if name not in found:  # whole at once: small tensors kept from every block would pin the memory between them
+                found[name] = part.new_empty((n, *part.shape[1:]))
+            found[name][rows] = part
+    return PosteriorSamples(chains=sampler.chains if isinstance(sampler, _Chains) else None, **found)
 
 
 def _draws(shape: tuple[int, int, int], like: Tensor, out: str | os.PathLike[str] | None) -> dict[str, Tensor]:
