@@ -241,7 +241,7 @@ class _Resampling:
     @property
     def a_row(self) -> int:
         fused = isinstance(self.proposal, MeanField) and recognise_model(self.model, self.x) is not None
-        kept = self.count if fused else max(self.count, self.settings.num_samples)
+        kept = self.count if fused else max(self.count, 4 * self.settings.num_samples)  # these in double, and more than once
         return kept * (self.model.latent_dim + 1) + self.settings.tail
 
     def sample(self, rows: slice) -> dict[str, Tensor]:
