@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,19 +54,21 @@ class PosteriorSamples:
     """Draws from p(z | x_n) for each of N data points, S of each, and what is needed to judge them.
 
     Attributes:
-        z: [N, S, L]; of chains, one whole chain after another: ``z.unflatten(1, (chains, -1))``.
+        z: [N, S, L]; of chains, one whole chain after another: ``z.unflatten(1, (chains, -1))``. Not differentiable.
         log_density: [N, S], log p(x, z) of each draw, in nats.
-        mean, covariance: [N, L] and [N, L, L], of the draws; of 'sir' by the weights of all candidates, which is more accurate.
+        mean, covariance: [N, L] and [N, L, L], of all draws, failed chains' among them; of 'sir' by the weights of all
+            candidates, which is more accurate.
         effective_sample_size: of chains [N, L], bulk, of S draws; of 'sir' [N], Kish's, of the candidates.
 
         Of chains alone, else None:
         chains: C, how many a data point has.
         acceptance_rate: [N], mean acceptance probability after warm-up.
-        r_hat: [N, L], rank-normalised split R-hat; above 1.01 the chains have not converged.
+        r_hat: [N, L], rank-normalised split R-hat; above 1.01 the chains have not converged. NaN for one chain, or chains of
+            fewer than 4 draws.
         divergences: [N], transitions after warm-up whose energy error passed 1000 or was not a number.
         failed: [N, C], chains that started where the density is not finite, and never moved.
-        step_size: [N], after adaptation, in units of ``scale``; scale: [N, L], each latent's, the square root of the inverse
-            mass matrix's diagonal.
+        step_size: [N], after adaptation, in units of ``scale`` (jitter moves it about that); scale: [N, L], each latent's, the
+            square root of the inverse mass matrix's diagonal.
 
         Of 'sir' alone, else None:
         log_likelihood: [N], importance-weighted. pareto_k: [N], above 0.7 the draws are not to be trusted.
@@ -87,7 +90,8 @@ class PosteriorSamples:
     pareto_k: Tensor | None = None
 
     def to_arviz(self) -> Any:
-        """An ArviZ InferenceData: posterior ``z`` with dimensions (chain, draw, row, latent), sample_stats ``lp``."""
+        """ArviZ's InferenceData (of ArviZ 1 a DataTree): posterior ``z`` with dimensions (chain, draw, row, latent),
+        sample_stats ``lp``. Draws of 'sir' are one chain. ImportError without ArviZ."""
         try:
             import arviz
         except ImportError as error:
@@ -95,8 +99,10 @@ class PosteriorSamples:
         chains = self.chains or 1
         z = self.z.unflatten(1, (chains, -1)).movedim(0, 2).cpu().numpy()
         lp = self.log_density.unflatten(1, (chains, -1)).movedim(0, 2).cpu().numpy()
-        dims = {"z": ["row", "latent"], "lp": ["row"]}
-        return arviz.from_dict(posterior={"z": z}, sample_stats={"lp": lp}, dims=dims)
+        groups, dims = {"posterior": {"z": z}, "sample_stats": {"lp": lp}}, {"z": ["row", "latent"], "lp": ["row"]}
+        if int(arviz.__version__.split(".")[0]) < 1:
+            return arviz.from_dict(**groups, dims=dims)
+        return arviz.from_dict(groups, dims=dims)
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,9 @@ class _Chains:
 
     @property
     def a_row(self) -> int:
-        """Values that a row takes at once."""
-        return self.chains * max(self.settings.kept, min(self.warmup, WINDOW_DRAWS)) * (self.model.latent_dim + 1)
+        """Values that a row takes at once, about."""
+        of_chains = self.chains * max(self.settings.kept, min(self.warmup, WINDOW_DRAWS))
+        return max(of_chains, SCALE_DRAWS) * (self.model.latent_dim + 1)
 
     def run(self, rows: slice, z: Tensor, step: Tensor, log_scale: Tensor, settings: op.Settings) -> op.Result:
         """z [n, C, L], step [n, C], log_scale [n, L]; all results without the replica dimension."""
@@ -159,8 +166,9 @@ class _Chains:
         return q.draw(noise, uniform, rows), draws.std(1).log()
 
     def warm_up(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, step sizes [n] and log scales [n, L] after three windows: in each the chains find their step sizes, of
-        which the row takes the median; after the first two the draws of all chains give the scales."""
+        """Positions, step sizes [n] and log scales [n, L] after three windows: in each the chains find their step sizes, and of
+        the last the row takes the median; after the first two the draws of all chains give the scales. Chains that have no
+        density are left out of both."""
         z, log_scale = self.start(rows)
         step = torch.full(z.shape[:2], self.step_size, dtype=z.dtype, device=z.device)
         first = self.settings.first_transition - self.warmup
@@ -177,7 +185,9 @@ class _Chains:
             if first < self.settings.first_transition:
                 log_scale = pooled_log_scale(result, log_scale)
             else:
-                step = result.step.log().median(-1).values.exp()[:, None].expand_as(step)
+                alive = torch.isfinite(result.log_density[:, :, -1])  # others reject all, and their steps fall to 0
+                row_step = torch.where(alive, result.step, math.nan).nanmedian(-1).values
+                step = torch.where(row_step.isnan(), self.step_size, row_step)[:, None].expand_as(step)
         return z, step[:, 0], log_scale
 
     def sample(self, rows: slice) -> dict[str, Tensor]:
@@ -204,7 +214,8 @@ def moments(draws: Tensor) -> tuple[Tensor, Tensor]:
 
 def pooled_log_scale(result: op.Result, before: Tensor) -> Tensor:
     """Log standard deviations [n, L] of the second half of a window's draws, all chains together, drawn towards their mean over
-    latents as if 5 draws more had it (what Stan does towards 1e-3); rows that have not moved keep theirs."""
+    latents as if 5 draws more had it (what Stan does towards 1e-3); chains that have no density do not count, and rows whose
+    draws do not differ keep theirs."""
     draws = result.z[:, :, result.z.shape[2] // 2 :]
     alive = torch.isfinite(result.log_density[:, :, -1])[:, :, None, None]
     count = (alive.sum((1, 2)) * draws.shape[2]).clamp_min(2)
@@ -230,8 +241,8 @@ class _Resampling:
     @property
     def a_row(self) -> int:
         fused = isinstance(self.proposal, MeanField) and recognise_model(self.model, self.x) is not None
-        kept = self.count if fused else self.settings.num_samples
-        return max(kept, self.count) * (self.model.latent_dim + 1)
+        kept = self.count if fused else max(self.count, 4 * self.settings.num_samples)  # these in double, and more than once
+        return kept * (self.model.latent_dim + 1) + self.settings.tail
 
     def sample(self, rows: slice) -> dict[str, Tensor]:
         """Draws and what is told of them, by the names of PosteriorSamples."""
@@ -293,13 +304,14 @@ def sample_posterior(
     """Draws from p(z | x_n) for every data point at once.
 
     Chains run whole inside one kernel where the decoder is a Sequential of Linear and elementwise activations; any other
-    decoder runs in batched torch, equal in law. A chain's numbers depend on the seed, its row and its own number alone.
+    decoder runs in batched torch, equal in law. A row's draws depend on the seed, its global index and the number of its chains
+    (which share step size and scales), on no other row.
 
     Args:
         x: [N, D] (or [N, ...], flattened), the model's dtype and device.
         num_samples: S, draws of a data point; of chains a multiple of ``chains``.
-        method: 'hmc', 'mala' (one Langevin step a transition), 'random-walk'; or 'sir', which draws among importance-weighted
-            candidates, at the cost of a log-likelihood: right where its ``pareto_k`` is below 0.7.
+        method: 'hmc', 'mala' (one Langevin step a transition), 'random-walk'; or 'sir', which draws with replacement among
+            importance-weighted candidates, at the cost of a log-likelihood: right where its ``pareto_k`` is below 0.7.
         proposal: what 'sir' draws its candidates from; where chains start, and their first scales. q(x), a (mean, log_std)
             pair, a torch ``Normal``, a :class:`libi_fast.Proposal`; None: the prior.
         seed: 0 .. 2^64 - 1, an int64 tensor, or None for torch's generator. first_row: global index of x[0], so that a shard
@@ -312,7 +324,8 @@ def sample_posterior(
         step_size: where adaptation starts, in units of the scales; with warmup=0 it is the step size.
         target_acceptance: default 0.8 (hmc), 0.574 (mala), 0.234 (random-walk).
         jitter: each transition's step size is multiplied by a uniform number in 1 -+ jitter, so that no path is periodic.
-        out: a file (.npy) that takes the draws as they come: z is then mapped from it, and memory does not grow with N.
+        out: a file, 'z.npy', that takes the draws block by block, and 'z.log_density.npy' beside it: both are overwritten, and
+            mapped as z and log_density (on the CPU), so that memory does not grow with N x S.
         progress: a bar over blocks of rows.
 
     Returns:
@@ -320,6 +333,7 @@ def sample_posterior(
 
     Warns:
         DivergenceWarning: divergent transitions after warm-up, or chains that started where the density is not finite.
+        ParetoWarning: of 'sir', Pareto k above 0.7 for some rows (not with 20 candidates or fewer, which are too few to tell).
 
     Raises:
         InputError: shapes that do not fit, NaN or infinity in x (the row is named), sizes below 1, num_samples that is no
@@ -385,22 +399,28 @@ def _chains_of(
 
 
 def _collect(sampler: _Chains | _Resampling, num_samples: int, out: Any, progress: bool) -> PosteriorSamples:
-    """Blocks of rows one after another; z goes to a file where one is named."""
-    like = sampler.x
-    shape = (like.shape[0], num_samples, sampler.model.latent_dim)
-    z = like.new_empty(shape)[:0] if out is not None else like.new_empty(shape)
-    if out is not None:
-        mapped = np.lib.format.open_memmap(out, "w+", dtype=str(like.dtype).removeprefix("torch."), shape=shape)
-        z = torch.from_numpy(mapped)
-    parts: dict[str, list[Tensor]] = {}
+    """Blocks of rows one after another."""
+    n = len(sampler.x)
+    found = _draws((n, num_samples, sampler.model.latent_dim), sampler.x, out)
     rows_at_once = max(1, VALUES_AT_ONCE // sampler.a_row)
-    for rows in tqdm(list(blocks(shape[0], rows_at_once)) or [slice(0, 0)], desc="sampling", disable=not progress):
-        found = sampler.sample(rows)
-        z[rows] = found.pop("z").to(z.device)
-        for name, part in found.items():
-            parts.setdefault(name, []).append(part)
-    chains = sampler.chains if isinstance(sampler, _Chains) else None
-    return PosteriorSamples(z, chains=chains, **{name: torch.cat(part) for name, part in parts.items()})
+    for rows in tqdm(list(blocks(n, rows_at_once)) or [slice(0, 0)], desc="sampling", disable=not progress):
+        for name, part in sampler.sample(rows).items():
+            if name not in found:  # whole at once: small tensors kept from every block would pin the memory between them
+                found[name] = part.new_empty((n, *part.shape[1:]))
+            found[name][rows] = part
+    return PosteriorSamples(chains=sampler.chains if isinstance(sampler, _Chains) else None, **found)
+
+
+def _draws(shape: tuple[int, int, int], like: Tensor, out: str | os.PathLike[str] | None) -> dict[str, Tensor]:
+    """z and log_density, all that grows with the number of draws: in memory, or in files where one is named."""
+    shapes = {"z": shape, "log_density": shape[:2]}
+    if out is None:
+        return {name: like.new_empty(size) for name, size in shapes.items()}
+    dtype = str(like.dtype).removeprefix("torch.")
+    files = {"z": Path(out), "log_density": Path(out).with_suffix(".log_density.npy")}
+    return {
+        name: torch.from_numpy(np.lib.format.open_memmap(files[name], "w+", dtype, size)) for name, size in shapes.items()
+    }
 
 
 def _warn(samples: PosteriorSamples, num_candidates: int) -> None:

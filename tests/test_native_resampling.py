@@ -38,6 +38,12 @@ def test_samples_and_draws(num_samples: int, count: int) -> None:
     check(problem([2, 6, 3], rows=9, num_samples=num_samples, tail=min(3, num_samples)), count)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_many_samples(rows: int) -> None:
+    """Several segments and parts; with fewer rows than threads these are shared out."""
+    check(problem([2, 6, 3], rows=rows, num_samples=40_000, tail=600), 300)
+
+
 @pytest.mark.parametrize("latent_dim", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
 def test_latents_and_replicas(latent_dim: int, likelihood: str) -> None:
@@ -106,8 +112,8 @@ def test_rows_alone_and_rows_without_weight() -> None:
 def digest() -> str:
     torch.manual_seed(5)
     found = []
-    for samples, dtype in ((12, F32), (1500, F32), (100, F64)):
-        result = fused(problem([3, 20, 6], "gelu", rows=7, num_samples=samples).to("cpu", dtype), 9)
+    for rows, samples, dtype in ((7, 12, F32), (7, 1500, F32), (7, 100, F64), (1, 35_000, F32), (2, 1500, F64)):
+        result = fused(problem([3, 20, 6], "gelu", rows=rows, num_samples=samples, tail=9).to("cpu", dtype), 9)
         found += [t.numpy().tobytes() for t in result.values()]
     return hashlib.sha256(b"".join(found)).hexdigest()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from libi_fast.data import GaussianExample, LinearJTEx, wine
 from libi_fast.kernels.chains import reference
 from libi_fast.kernels.chains.reference import Settings
 from libi_fast.metrics.convergence import effective_sample_size
+from libi_fast.ops import chains as op
 
 F64 = torch.float64
 CHAINS = ("hmc", "mala", "random-walk")
@@ -210,6 +213,35 @@ def test_blocks_shards_and_files_move_no_bit(method: str, monkeypatch: pytest.Mo
         assert torch.equal(getattr(whole, name), getattr(streamed, name))
         assert torch.equal(getattr(whole, name)[7:], getattr(shard, name))
     assert np.array_equal(np.load(tmp_path / "z.npy"), whole.z.numpy())
+    assert np.array_equal(np.load(tmp_path / "z.log_density.npy"), whole.log_density.numpy())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts what is mapped privately on Linux alone")
+def test_draws_in_a_file_take_no_memory(tmp_path: Path) -> None:
+    """40 MB of draws in 38 blocks, by a process that may take 24 MB more than it has after two."""
+    program = """
+import re, resource, sys, warnings
+import torch
+import libi_fast as lf
+from libi_fast import posterior
+torch.set_num_threads(1)
+posterior.VALUES_AT_ONCE = 2**18
+model = lf.LatentVariableModel(lf.mlp(1, [4], 2), lf.Gaussian(0.5), 1)
+x = model.sample(1200, seed=0).detach()
+run = lambda x, **more: lf.sample_posterior(model, x, 4096, "random-walk", seed=1, chains=64, warmup=8, **more)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    run(x[:64])
+    taken = 1024 * int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + 24 * 2**20,) * 2)
+    found = run(x, out=sys.argv[1])
+print(found.z.numel(), found.log_density.numel())
+"""
+    path = tmp_path / "z.npy"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [str(1200 * 4096)] * 2
+    assert path.stat().st_size > 19e6 and (tmp_path / "z.log_density.npy").stat().st_size > 19e6
 
 
 def test_seed_none_follows_torch() -> None:
@@ -234,11 +266,14 @@ def test_starts_and_first_scales_come_from_the_proposal() -> None:
     assert (far.z - mean[:, None] - 5).abs().max() < 0.01
 
 
-def test_data_of_no_rows() -> None:
+@pytest.mark.parametrize("out", [None, "z.npy"])
+def test_data_of_no_rows(out: str | None, tmp_path: Path) -> None:
     model = curved()
     for method in ("hmc", "sir"):
-        found = lf.sample_posterior(model, torch.empty(0, 3), 8, method, seed=1)
-        assert found.z.shape == (0, 8, 2) and found.mean.shape == (0, 2) and found.covariance.shape == (0, 2, 2)
+        for any_model in (model, unknown(model)):
+            found = lf.sample_posterior(any_model, torch.empty(0, 3), 8, method, seed=1, out=out and tmp_path / out)
+            assert found.z.shape == (0, 8, 2) and found.log_density.shape == (0, 8)
+            assert found.mean.shape == (0, 2) and found.covariance.shape == (0, 2, 2)
 
 
 def test_model_keeps_its_mode_and_gradients() -> None:
@@ -282,6 +317,26 @@ def test_a_decoder_that_gives_nan_somewhere() -> None:
         warnings.simplefilter("ignore", lf.DivergenceWarning)
         clean = lf.sample_posterior(broken, x, 30, proposal=(mean * 0, mean * 0 - 1), **options)
     assert torch.equal(found.z[others], clean.z[others])
+
+
+def test_failed_chains_leave_their_row_its_step_size() -> None:
+    """About half of a row's chains start where the decoder gives NaN, and reject all: the others sample as if alone."""
+    model = curved()
+    x = model.sample(4, seed=1).detach()
+    mean = torch.zeros(4, 2)
+    mean[2, 0] = 6
+    options: dict[str, Any] = {"proposal": (mean, mean * 0 - 1), "seed": 4, "chains": 8, "warmup": 80, "leapfrogs": 4}
+    with pytest.warns(lf.DivergenceWarning):
+        found = lf.sample_posterior(unknown(model, broken=lambda z: z[:, 0] > 6), x, 80, **options)
+    assert found.failed is not None and found.step_size is not None and found.scale is not None
+    failed = found.failed[2]
+    assert 4 <= failed.sum() < 8 and found.failed.sum() == failed.sum()
+    whole = lf.sample_posterior(unknown(model), x, 80, **options)
+    assert whole.step_size is not None and whole.scale is not None
+    assert ((found.step_size / whole.step_size).log().abs() < math.log(2)).all()
+    assert ((found.scale / whole.scale).log().abs() < math.log(2)).all()
+    moved = (found.z[2].unflatten(0, (8, -1)).diff(dim=1) != 0).any(-1)
+    assert moved[~failed].float().mean() > 0.5 and not moved[failed].any()
 
 
 def test_divergences_are_counted_and_told() -> None:
@@ -332,8 +387,19 @@ def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
         lf.sample_posterior(curved(), **arguments)
 
 
+def test_settings_of_chains_are_checked() -> None:
+    for settings, message in (
+        (Settings("hmc", 3, first_transition=-1), "first_transition must be at least 0, got -1"),
+        (Settings("hmc", -3), "transitions must lie in"),
+        (Settings("hmc", 3, target=1.0), "target_acceptance must lie in"),
+    ):
+        with pytest.raises(lf.InputError, match=message):
+            op.check_settings(settings, 2)
+
+
 WRONG: list[dict[str, Any]] = [
     {"x": torch.zeros(2, 3, dtype=F64)}, {"x": "data"}, {"chains": 2.0}, {"step_size": "big"}, {"model": nn.Linear(2, 3)},
+    {"out": 3},
 ]  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def run(
         for rows in blocks(n, at_once)
     ]
     if not parts:
-        empty, kept = z.new_empty((replicas, 0, chains)), settings.kept
-        return Result(z.new_empty((replicas, 0, chains, kept, latents)), z.new_empty((replicas, 0, chains, kept)),
-                      empty, empty, empty.long())  # fmt: skip
+        shape = (replicas, 0, chains)
+        return Result(z.new_empty((*shape, settings.kept, latents)), z.new_empty((*shape, settings.kept)), z.new_empty(shape),
+                      z.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=z.device))  # fmt: skip
     return Result(*(torch.cat(p, 1) for p in zip(*parts, strict=True)))

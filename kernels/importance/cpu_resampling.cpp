@@ -1,10 +1,13 @@
 // Sampling importance resampling: the sums of cpu.cpp, and with them the posterior's mean and covariance by
 // self-normalised weights and draws from the weighted samples. reference.py has the formulas.
 //
-// A row is gone through twice: once for its log-weights, which its thread keeps (8 bytes a sample), then with their sum
-// known, when only noise is drawn again. Draws are multinomial: number m takes the first sample whose cumulated weight
-// passes v_m times the total. Moments are summed about the sample of the largest weight, so that a posterior much
-// narrower than its proposal loses nothing.
+// A row is gone through twice: once for its log-weights, which are kept (in float32 16 bytes a sample with what is made of
+// them), then with their sum known, when only noise is drawn again. Draws are multinomial: number m takes the first sample
+// whose cumulated weight passes v_m times the total. Moments are summed about the sample of the largest weight, so that a
+// posterior much narrower than its proposal loses nothing.
+//
+// A thread takes a row; where there are fewer rows than threads, both passes are cut, into segments and into parts. Sums of
+// both are merged in order, so that this moves no bit.
 #include <algorithm>
 
 #include "cpu_sums.hpp"
@@ -13,27 +16,33 @@ namespace libi {
 namespace LIBI_ISA {
 namespace {
 
+constexpr int64_t kPart = 16 * kSegment;  // samples whose moments are summed as one
+
+// Of one row.
 template <class T>
 struct Resampled {
-    std::unique_ptr<T[]> log_weights;         // [samples], of one row, and -infinity to whole registers
+    std::unique_ptr<Sums<T>[]> sums;          // [segments]
+    std::unique_ptr<T[]> log_weights;         // [samples], and -infinity to whole registers
     std::unique_ptr<T[]> weights;             // their exponentials, the largest 1
     std::unique_ptr<double[]> cumulated;      // sums of those
     std::unique_ptr<T[]> uniforms;            // [draws]
     std::unique_ptr<std::pair<int64_t, int64_t>[]> chosen;  // (sample, draw), in order of samples
-    std::unique_ptr<double[]> moments;        // first [latents], second [latents][latents]
     std::unique_ptr<T[]> centre;              // [latents]
+    std::unique_ptr<double[]> moments;        // [parts] x first [latents], second [latents][latents]
+    double total = 0;                         // of the weights
 
     bool make(const Plan<T>& plan, int64_t draws) {
         const auto n = static_cast<size_t>(plan.call.samples + kWidth<T>), m = static_cast<size_t>(draws);
-        const auto l = static_cast<size_t>(plan.latents);
+        const auto l = static_cast<size_t>(plan.latents), parts = static_cast<size_t>(pieces(plan.call.samples, kPart));
+        sums.reset(new (std::nothrow) Sums<T>[static_cast<size_t>(pieces(plan.call.samples, kSegment))]);
         log_weights.reset(new (std::nothrow) T[n]);
         weights.reset(new (std::nothrow) T[n]);
         cumulated.reset(new (std::nothrow) double[n]);
         uniforms.reset(new (std::nothrow) T[m + kTile]);
         chosen.reset(new (std::nothrow) std::pair<int64_t, int64_t>[m]);
-        moments.reset(new (std::nothrow) double[l + l * l]);
         centre.reset(new (std::nothrow) T[l]);
-        return log_weights && weights && cumulated && uniforms && chosen && moments && centre;
+        moments.reset(new (std::nothrow) double[parts * (l + l * l)]);
+        return sums && log_weights && weights && cumulated && uniforms && chosen && centre && moments;
     }
 };
 
@@ -74,7 +83,7 @@ void choose(const Resampling& call, const Plan<T>& plan, int64_t r, int64_t row,
 // Weights, codes and moments of a tile: lanes begin .. end - 1 hold samples first .. of the row.
 template <class T>
 void second_pass(const Resampling& call, const Plan<T>& plan, const Space<T>& space, int64_t at_row, int64_t begin, int64_t end,
-                 int64_t first, int64_t& next, Resampled<T>& room) {
+                 int64_t first, int64_t& next, double* moments, const Resampled<T>& room) {
     using V = Vector<T>;
     const int64_t latents = plan.latents;
     alignas(64) T weight[kTileSamples] = {};
@@ -92,10 +101,10 @@ void second_pass(const Resampling& call, const Plan<T>& plan, const Space<T>& sp
         }
         return static_cast<double>(add_strip(lanes));
     };
-    double* const second = room.moments.get() + latents;
+    double* const second = moments + latents;
     for (int64_t l = 0; l < latents; ++l) {
         const V c = all<T>(room.centre[l]);
-        room.moments[l] += sum([&](int64_t s) { return code(l, s) - c; });
+        moments[l] += sum([&](int64_t s) { return code(l, s) - c; });
         for (int64_t k = 0; k <= l; ++k)
             second[l * latents + k] += sum([&](int64_t s) { return (code(l, s) - c) * (code(k, s) - all<T>(room.centre[k])); });
     }
@@ -116,71 +125,100 @@ void second_pass(const Resampling& call, const Plan<T>& plan, const Space<T>& sp
 }
 
 template <class T>
-void write_moments(const Resampling& call, const Plan<T>& plan, int64_t at_row, double total, const Resampled<T>& room) {
-    const int64_t latents = plan.latents;
-    const double* const second = room.moments.get() + latents;
+void write_moments(const Resampling& call, const Plan<T>& plan, int64_t at_row, const Resampled<T>& room) {
+    const int64_t latents = plan.latents, each = latents + latents * latents;
+    double *const first = room.moments.get(), *const second = first + latents;
+    for (int64_t part = 1; part < pieces(plan.call.samples, kPart); ++part)
+        for (int64_t i = 0; i < each; ++i) first[i] += first[part * each + i];
     T* const mean = static_cast<T*>(call.mean) + at_row * latents;
     T* const covariance = static_cast<T*>(call.covariance) + at_row * latents * latents;
     for (int64_t l = 0; l < latents; ++l) {
-        const double off = room.moments[l] / total;
+        const double off = first[l] / room.total;
         mean[l] = static_cast<T>(static_cast<double>(room.centre[l]) + off);
         for (int64_t k = 0; k <= l; ++k) {
-            const T value = static_cast<T>(second[l * latents + k] / total - off * (room.moments[k] / total));
+            const T value = static_cast<T>(second[l * latents + k] / room.total - off * (first[k] / room.total));
             covariance[l * latents + k] = covariance[k * latents + l] = value;
         }
     }
 }
 
-// One row: of a tile that it shares, or of tiles of its own.
+// Between both passes: what is written of a row's sums, which samples its draws take, and the code that moments are summed
+// about. Where a tile holds all samples, in lanes begin .., their codes still stand there.
 template <class T>
-void resample_row(const Resampling& call, const Plan<T>& plan, int64_t r, int64_t row, int64_t begin, Space<T>& space,
-                  const Sums<T>& sums, Resampled<T>& room) {
-    const int64_t samples = plan.call.samples, latents = plan.latents, at_row = r * plan.call.rows + row;
-    const bool drawn = plan.tiles == 1;  // and its codes still stand there
+void settle(const Resampling& call, const Plan<T>& plan, int64_t r, int64_t row, int64_t begin, const Sums<T>& sums,
+            Space<T>& space, Resampled<T>& room) {
+    const int64_t samples = plan.call.samples;
+    const T* const log_weights = room.log_weights.get();
+    Largest<T> largest{space.more(), plan.call.tail};
+    for (int64_t s = 0; s < samples; s += kTileSamples) largest.push(log_weights + s, smaller(kTileSamples, samples - s));
+    write_row(plan, r * plan.call.rows + row, sums, largest);
     choose(call, plan, r, row, sums.pivot, room);
-    const T* const weights = room.log_weights.get();
-    const int64_t best = std::max_element(weights, weights + samples) - weights;
-    if (!drawn) draw_codes(plan, r, best / kTileSamples * kTileSamples, space);
-    const int64_t lane = begin + lane_of(best % kTileSamples, space.each, latents);
-    for (int64_t l = 0; l < latents; ++l)
+    room.total = sums.first;
+    const int64_t best = std::max_element(log_weights, log_weights + samples) - log_weights;
+    if (plan.tiles > 1) draw_codes(plan, r, best / kTileSamples * kTileSamples, space);
+    const int64_t lane = begin + lane_of(best % kTileSamples, space.each, plan.latents);
+    for (int64_t l = 0; l < plan.latents; ++l)
         room.centre[l] = space.values[0].at[lane / kPanel<T> * space.values[0].stride + l * kPanel<T> + lane % kPanel<T>];
-    std::fill(room.moments.get(), room.moments.get() + latents + latents * latents, 0.0);
-    int64_t next = 0;
-    if (drawn) {
-        second_pass(call, plan, space, at_row, begin, begin + samples, 0, next, room);
-    } else {
-        for (int64_t first = 0; first < samples; first += kTileSamples) {
-            draw_codes(plan, r, first, space);
-            second_pass(call, plan, space, at_row, 0, space.count, first, next, room);
-        }
-    }
-    write_moments(call, plan, at_row, sums.first, room);
 }
 
+// The second pass over a part of a row.
 template <class T>
-void resample_group(const Resampling& call, const Plan<T>& plan, int64_t r, int64_t group, Space<T>& space, Resampled<T>& room) {
-    const int64_t samples = plan.call.samples, tail = plan.call.tail;
-    place_rows(plan, r, group, space);
-    if (plan.rows_together > 1) {
-        run_tile<T, false>(plan, r, 0, space, Nothing{});
-        for (int64_t i = 0; i < space.rows; ++i) {
-            const T* const log_weights = space.log_weights + i * samples;
-            Sums<T> sums;
-            Largest<T> largest{space.more(), tail};
-            merge_lanes(space.log_weights, i * samples, (i + 1) * samples, sums);
-            largest.push(log_weights, samples);
-            write_row(plan, r * plan.call.rows + space.row + i, sums, largest);
-            std::copy(log_weights, log_weights + samples, room.log_weights.get());
-            resample_row(call, plan, r, space.row + i, i * samples, space, sums, room);
-        }
-        return;
+void run_part(const Resampling& call, const Plan<T>& plan, int64_t r, int64_t row, int64_t begin, int64_t part,
+              Space<T>& space, const Resampled<T>& room) {
+    const int64_t samples = plan.call.samples, each = plan.latents + plan.latents * plan.latents;
+    double* const moments = room.moments.get() + part * each;
+    std::fill(moments, moments + each, 0.0);
+    const auto *const chosen = room.chosen.get(), *const end = chosen + call.draws;
+    int64_t next = std::lower_bound(chosen, end, std::pair(part * kPart, int64_t{0})) - chosen;
+    for (int64_t first = part * kPart; first < smaller(samples, (part + 1) * kPart); first += kTileSamples) {
+        if (plan.tiles > 1) draw_codes(plan, r, first, space);
+        const int64_t count = smaller(kTileSamples, samples - first);
+        second_pass(call, plan, space, r * plan.call.rows + row, begin, begin + count, first, next, moments, room);
     }
-    Sums<T> sums;
-    Largest<T> largest{space.more(), tail};
-    for (int64_t segment = 0; segment * kSegment < samples; ++segment)
-        sums.merge(run_segment(plan, r, segment, space, largest, room.log_weights.get()));
-    write_row(plan, r * plan.call.rows + space.row, sums, largest);
-    resample_row(call, plan, r, space.row, 0, space, sums, room);
+}
+
+// The rows of a group that share a tile.
+template <class T>
+void resample_together(const Resampling& call, const Plan<T>& plan, int64_t group, Space<T>& space, Resampled<T>& room) {
+    const int64_t samples = plan.call.samples, r = group / plan.groups;
+    place_rows(plan, r, group % plan.groups, space);
+    run_tile<T, false>(plan, r, 0, space, Nothing{});
+    for (int64_t i = 0; i < space.rows; ++i) {
+        const int64_t row = space.row + i, begin = i * samples;
+        Sums<T> sums;
+        merge_lanes(space.log_weights, begin, begin + samples, sums);
+        std::copy(space.log_weights + begin, space.log_weights + begin + samples, room.log_weights.get());
+        settle(call, plan, r, row, begin, sums, space, room);
+        run_part(call, plan, r, row, begin, 0, space, room);
+        write_moments(call, plan, r * plan.call.rows + row, room);
+    }
+}
+
+// Rows first .. first + count - 1 of all replicas', with tiles of their own and a room each: every step is shared out.
+template <class T>
+void resample_rows(const Resampling& call, const Plan<T>& plan, int64_t first, int64_t count, int64_t threads,
+                   Space<T>* spaces, Resampled<T>* rooms) {
+    const int64_t segments = pieces(plan.call.samples, kSegment), parts = pieces(plan.call.samples, kPart);
+    const auto each = [&](int64_t steps, auto run) {  // run(replica, row, step, space, room)
+        share_out(smaller(threads, count * steps), count * steps, [&](int64_t slot, int64_t i) {
+            const int64_t r = (first + i / steps) / plan.groups, row = (first + i / steps) % plan.groups;
+            place_rows(plan, r, row, spaces[slot]);
+            run(r, row, i % steps, spaces[slot], rooms[i / steps]);
+        });
+    };
+    each(segments, [&](int64_t r, int64_t, int64_t segment, Space<T>& space, Resampled<T>& room) {
+        Largest<T> none;
+        room.sums[segment] = run_segment(plan, r, segment, space, none, room.log_weights.get());
+    });
+    each(1, [&](int64_t r, int64_t row, int64_t, Space<T>& space, Resampled<T>& room) {
+        Sums<T> sums;
+        for (int64_t segment = 0; segment < segments; ++segment) sums.merge(room.sums[segment]);
+        settle(call, plan, r, row, 0, sums, space, room);
+    });
+    each(parts, [&](int64_t r, int64_t row, int64_t part, Space<T>& space, Resampled<T>& room) {
+        run_part(call, plan, r, row, 0, part, space, room);
+    });
+    for (int64_t row = 0; row < count; ++row) write_moments(call, plan, first + row, rooms[row]);
 }
 
 template <class T>
@@ -191,18 +229,27 @@ int resample(const Resampling& call) {
     if (call.draws > 4 * kWords || call.stream < 0 || call.stream >= 256) return kCounterOverflow;
     if (!fits(8, call.on.replicas, call.on.rows, call.draws + 1, plan.latents)) return kBadSize;
     if (!fits(8, call.on.replicas, call.on.rows, plan.latents, plan.latents)) return kBadSize;
+    if (!fits(8, pieces(call.on.samples, kPart), plan.latents, plan.latents + 1)) return kBadSize;
     if (const int error = plan.make(false)) return error;
     const int64_t groups = call.on.replicas * plan.groups;
     if (groups == 0) return kOk;
-    const int64_t threads = smaller(plan.threads, groups);
+    const bool cut = groups < plan.threads && call.on.samples > kSegment;
+    const int64_t threads = smaller(plan.threads, cut ? groups * pieces(call.on.samples, kSegment) : groups);
+    const int64_t at_once = cut ? groups : threads;  // rows
     const std::unique_ptr<Space<T>[]> spaces(new (std::nothrow) Space<T>[static_cast<size_t>(threads)]);
-    const std::unique_ptr<Resampled<T>[]> rooms(new (std::nothrow) Resampled<T>[static_cast<size_t>(threads)]);
+    const std::unique_ptr<Resampled<T>[]> rooms(new (std::nothrow) Resampled<T>[static_cast<size_t>(at_once)]);
     if (!spaces || !rooms) return kOutOfMemory;
     for (int64_t t = 0; t < threads; ++t)
-        if (!spaces[t].make(plan, false, Largest<T>::capacity(call.on.tail)) || !rooms[t].make(plan, call.draws))
-            return kOutOfMemory;
+        if (!spaces[t].make(plan, false, Largest<T>::capacity(call.on.tail))) return kOutOfMemory;
+    for (int64_t i = 0; i < at_once; ++i)
+        if (!rooms[i].make(plan, call.draws)) return kOutOfMemory;
+    if (cut) {
+        resample_rows(call, plan, 0, groups, threads, spaces.get(), rooms.get());
+        return kOk;
+    }
     share_out(threads, groups, [&](int64_t slot, int64_t task) {
-        resample_group(call, plan, task / plan.groups, task % plan.groups, spaces[slot], rooms[slot]);
+        if (plan.rows_together > 1) resample_together(call, plan, task, spaces[slot], rooms[slot]);
+        else resample_rows(call, plan, task, 1, 1, &spaces[slot], &rooms[slot]);
     });
     return kOk;
 }

@@ -82,7 +82,8 @@ class LatentVariableModel(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """The decoder over any leading dimensions, its output flattened to [..., D]."""
-        return self.decoder(z.reshape(-1, z.shape[-1])).reshape(*z.shape[:-1], -1)
+        output = self.decoder(z.reshape(-1, z.shape[-1]))
+        return output.reshape(*z.shape[:-1], math.prod(output.shape[1:]))  # which is told, as no rows have no width to infer
 
     def check_decoder(self, inputs: int, outputs: int, columns: int) -> None:
         """Raise InputError where a decoder of known widths does not fit the codes or the data."""

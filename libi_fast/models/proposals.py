@@ -423,10 +423,11 @@ def laplace_proposal(
     Source:
         Laplace's method with the Gauss-Newton matrix for the Hessian (Bishop 2006, 4.4; Schraudolph 2002).
     """
+    lib.check_positive("variance_inflation", variance_inflation)
     modes, mass, scale = _modes(model, x, start, steps)
     best = mass.argmax(-1)
     each = torch.arange(len(best), device=best.device)
-    return FullCovariance(modes[each, best], math.sqrt(_positive(variance_inflation)) * scale[each, best])
+    return FullCovariance(modes[each, best], math.sqrt(variance_inflation) * scale[each, best])
 
 
 def laplace_mixture(
@@ -440,6 +441,7 @@ def laplace_mixture(
     Returns:
         GaussianMixture of N rows and C components, one a start.
     """
+    lib.check_positive("variance_inflation", variance_inflation)
     modes, mass, scale = _modes(model, x, start, steps)
     for later in range(1, modes.shape[1]):
         apart = modes[:, later, None] - modes[:, :later]
@@ -447,12 +449,7 @@ def laplace_mixture(
         repeated = (whitened.norm(dim=-1) < DISTINCT) & torch.isfinite(mass[:, :later])
         mass[:, later] = mass[:, later].masked_fill(repeated.any(-1), -math.inf)
     mass = torch.where(torch.isinf(mass).all(-1, keepdim=True), 0.0, mass)
-    return GaussianMixture(mass, modes, math.sqrt(_positive(variance_inflation)) * scale)
-
-
-def _positive(variance_inflation: float) -> float:
-    lib.check_positive("variance_inflation", variance_inflation)
-    return variance_inflation
+    return GaussianMixture(mass, modes, math.sqrt(variance_inflation) * scale)
 
 
 def check_rows(model: LatentVariableModel, x: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ def check_settings(settings: Settings, latent_dim: int) -> None:
     lib.check_count("thinning", settings.thinning, 1)
     lib.check_index("transitions", settings.transitions, random.INDEX_LIMIT)
     lib.check_index("first_row", settings.first_row, random.INDEX_LIMIT)
+    lib.check_count("first_transition", settings.first_transition, 0)
     if not 0 <= settings.jitter < 1:
         raise InputError(f"jitter must lie in [0, 1), got {settings.jitter}")
     if not 0 <= settings.target < 1:
