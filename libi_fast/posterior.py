@@ -99,10 +99,10 @@ class PosteriorSamples:
         chains = self.chains or 1
         z = self.z.unflatten(1, (chains, -1)).movedim(0, 2).cpu().numpy()
         lp = self.log_density.unflatten(1, (chains, -1)).movedim(0, 2).cpu().numpy()
-        groups, dims = {"posterior": {"z": z}, "sample_stats": {"lp": lp}}, {"z": ["row", "latent"], "lp": ["row"]}
+        posterior, stats, dims = {"z": z}, {"lp": lp}, {"z": ["row", "latent"], "lp": ["row"]}
         if int(arviz.__version__.split(".")[0]) < 1:
-            return arviz.from_dict(**groups, dims=dims)
-        return arviz.from_dict(groups, dims=dims)
+            return arviz.from_dict(posterior=posterior, sample_stats=stats, dims=dims)
+        return arviz.from_dict({"posterior": posterior, "sample_stats": stats}, dims=dims)
 
 
 @dataclass(frozen=True)
@@ -418,9 +418,7 @@ def _draws(shape: tuple[int, int, int], like: Tensor, out: str | os.PathLike[str
         return {name: like.new_empty(size) for name, size in shapes.items()}
     dtype = str(like.dtype).removeprefix("torch.")
     files = {"z": Path(out), "log_density": Path(out).with_suffix(".log_density.npy")}
-    return {
-        name: torch.from_numpy(np.lib.format.open_memmap(files[name], "w+", dtype, size)) for name, size in shapes.items()
-    }
+    return {name: torch.from_numpy(np.lib.format.open_memmap(files[name], "w+", dtype, size)) for name, size in shapes.items()}
 
 
 def _warn(samples: PosteriorSamples, num_candidates: int) -> None:
