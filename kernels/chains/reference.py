@@ -121,17 +121,22 @@ class _Adaptation:
         self.averaged = weight * self.log_step + (1 - weight) * self.averaged
 
 
+def leapfrog(density: Density, rows: slice, z: Tensor, gradient: Tensor, u: Tensor, h: Tensor, steps: int):
+    """New z, log pi, gradient and u after ``steps`` leapfrogs of size h [R, n, C, L]."""
+    u = u + 0.5 * h * gradient
+    for k in range(steps):
+        z = z + h * u
+        value, gradient = density(rows, z)
+        u = u + (h if k + 1 < steps else 0.5 * h) * gradient
+    return z, value, gradient, u
+
+
 def _propose(density: Density, rows: slice, z: Tensor, gradient: Tensor, u: Tensor, h: Tensor, settings: Settings):
     """New z, log pi, gradient and u."""
     if settings.method == "random-walk":
         z = z + h * u
         return z, *density(rows, z), u
-    u = u + 0.5 * h * gradient
-    for k in range(settings.steps):
-        z = z + h * u
-        value, gradient = density(rows, z)
-        u = u + (h if k + 1 < settings.steps else 0.5 * h) * gradient
-    return z, value, gradient, u
+    return leapfrog(density, rows, z, gradient, u, h, settings.steps)
 
 
 def _run_rows(
