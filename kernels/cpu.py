@@ -20,11 +20,12 @@ from typing import Any
 import torch  # also first for its OpenMP runtime, which the library then shares
 from torch import Tensor
 
+from libi_fast.kernels.annealing import reference as annealing_reference
 from libi_fast.kernels.chains.reference import METHODS, Noise, Result
 from libi_fast.kernels.chains.reference import Settings as ChainSettings
 from libi_fast.kernels.importance.reference import ACTIVATIONS, GRADIENTS, Draws
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _ACTIVATIONS = list(ACTIVATIONS)  # numbered as in kernels/importance/cpu_layers.hpp; GRADIENTS as in cpu_backward.cpp
 _MASK = 2**64 - 1
 _ERRORS = {
@@ -83,8 +84,20 @@ class _Chains(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Annealing(ctypes.Structure):
+    """``Annealing`` of entry_points.hpp."""
+
+    _fields_ = [
+        ("on", _Importance),
+        *((name, _Int64) for name in ("temperatures", "leapfrogs", "first_transition", "momentum_stream", "acceptance_stream")),
+        *((name, _Double) for name in ("jitter", "rate", "target")),
+        *((name, _Pointer) for name in ("betas", "z", "step", "last", "log_weights", "acceptance", "steps")),
+    ]  # fmt: skip
+
+
 _SIGNATURES |= {name: [ctypes.POINTER(_Importance)] for name in ("importance", "importance_backward")}
 _SIGNATURES |= {"resampling": [ctypes.POINTER(_Resampling)], "chains": [ctypes.POINTER(_Chains)]}
+_SIGNATURES |= {"annealing": [ctypes.POINTER(_Annealing)]}
 _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64", torch.int64: ""}
 
 
@@ -430,4 +443,32 @@ def chains(
         *(t.data_ptr() for t in result),
     )  # fmt: skip
     _call("chains", z.dtype, ctypes.byref(struct))
+    return result
+
+
+def annealing(
+    x: Tensor, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any, noise: Noise,
+    settings: annealing_reference.Settings,
+) -> annealing_reference.Result:  # fmt: skip
+    """As ``kernels.annealing.reference.run`` on chains' ``log_joint``."""
+    replicas, rows, chains, latents = z.shape
+    temperatures = len(betas) - 1
+    draws = Draws(noise.seed, noise.replicas, settings.first_row, 0, noise.streams[0], noise.normal)
+    call = _ImportanceCall(x, mean, log_scale, decoder, draws, chains, 0)
+    call._expect("mean", mean, (replicas, rows, latents))
+    call._expect("z", z, (replicas, rows, chains, decoder.widths[0]))
+    call._expect("step", step, (replicas, rows, temperatures))
+    if betas.dim() != 1 or betas.dtype != torch.float64 or betas.device.type != "cpu":
+        raise ValueError(f"annealing: betas is {tuple(betas.shape)}, {betas.dtype}, {betas.device.type}; expected float64 [T + 1]")
+    shape = (replicas, rows, chains)
+    result = annealing_reference.Result(
+        z.new_empty(z.shape), z.new_empty(shape), z.new_empty(shape),
+        z.new_empty((*shape, temperatures if settings.rate > 0 else 0)),
+    )  # fmt: skip
+    struct = _Annealing(
+        call._struct, temperatures, settings.leapfrogs, settings.first_transition, *noise.streams, settings.jitter,
+        settings.rate, settings.target, call._tensor(betas), call._tensor(z), call._tensor(step),
+        *(t.data_ptr() for t in result),
+    )  # fmt: skip
+    _call("annealing", z.dtype, ctypes.byref(struct))
     return result

@@ -68,6 +68,19 @@ struct Chains {
     int64_t* divergences;                    // likewise
 };
 
+// The arguments of the annealed importance sampling kernels.
+struct Annealing {
+    Importance on;                           // data, decoder, counters, q (no mean: 0); samples: chains
+    int64_t temperatures, leapfrogs, first_transition;
+    int64_t momentum_stream, acceptance_stream;
+    double jitter, rate, target;             // rate: of the adaptation of step sizes to acceptance rate target, or 0
+    const double* betas;                     // [temperatures + 1]
+    const void *z, *step;                    // [replicas, rows, chains, latents], [replicas, rows, temperatures]
+    // results
+    void *last, *log_weights, *acceptance;   // [replicas, rows, chains, latents], [replicas, rows, chains] twice
+    void* steps;                             // [replicas, rows, chains, temperatures]; null where the rate is 0
+};
+
 }  // namespace libi
 
 #define LIBI_ENTRY_POINTS(X)                                                                                          \
@@ -119,7 +132,9 @@ struct Chains {
     X(resampling_f32, (const Resampling *call), (call))                                                               \
     X(resampling_f64, (const Resampling *call), (call))                                                               \
     X(chains_f32, (const Chains *call), (call))                                                                       \
-    X(chains_f64, (const Chains *call), (call))
+    X(chains_f64, (const Chains *call), (call))                                                                       \
+    X(annealing_f32, (const Annealing *call), (call))                                                                 \
+    X(annealing_f64, (const Annealing *call), (call))
 
 namespace libi {
 

@@ -4,6 +4,7 @@
 """
 
 from libi_fast import data
+from libi_fast.annealed import AnnealedLogLikelihood, BidirectionalGap, annealed_log_likelihood, bidirectional_gap
 from libi_fast.errors import DivergenceWarning, InputError, ParetoWarning
 from libi_fast.estimators import LogLikelihood, log_likelihood, pareto_k
 from libi_fast.metrics import AggregatedPosterior, aggregated_posterior, energy_distance
@@ -46,7 +47,9 @@ __all__ = [
     "METHODS",
     "VAE",
     "AggregatedPosterior",
+    "AnnealedLogLikelihood",
     "Bernoulli",
+    "BidirectionalGap",
     "Constraint",
     "Cube",
     "Defensive",
@@ -74,6 +77,8 @@ __all__ = [
     "Proposal",
     "Stream",
     "aggregated_posterior",
+    "annealed_log_likelihood",
+    "bidirectional_gap",
     "closest_mean_field",
     "data",
     "effective_sample_size",

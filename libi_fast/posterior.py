@@ -18,7 +18,7 @@ from libi_fast.errors import DivergenceWarning, InputError
 from libi_fast.kernels.importance import reference
 from libi_fast.kernels.importance.reference import blocks
 from libi_fast.metrics.convergence import effective_sample_size, r_hat
-from libi_fast.models.laplace import log_joint
+from libi_fast.models.laplace import log_joint_and_gradient
 from libi_fast.models.model import LatentVariableModel, MeanField, evaluation_mode
 from libi_fast.models.networks import recognise_model
 from libi_fast.models.proposals import FullCovariance, Proposal, as_proposal, check_rows, widest_layer
@@ -134,14 +134,7 @@ class _Chains:
         if recognised is not None:
             result = op.chains_of_layers(x[None], *tensors, *recognised, self.key, replicas, settings, self.backend)
         else:
-
-            def density(block: slice, at: Tensor) -> tuple[Tensor, Tensor]:
-                with torch.enable_grad():
-                    leaf = at[0].detach().requires_grad_()
-                    value = log_joint(model, x[block], leaf)
-                    (gradient,) = torch.autograd.grad(value.sum(), leaf)
-                return value.detach()[None], gradient[None]
-
+            density = log_joint_and_gradient(model, x)
             result = op.chains_of_density(density, *tensors, self.key, replicas, settings, widest_layer(model, x))
         return op.Result(*(part[0] for part in result))
 

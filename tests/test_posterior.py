@@ -17,11 +17,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 import libi_fast as lf
-from libi_fast import posterior
 from libi_fast.data import GaussianExample, LinearJTEx, wine
 from libi_fast.kernels.chains import reference
 from libi_fast.kernels.chains.reference import Settings
 from libi_fast.metrics.convergence import effective_sample_size
+from libi_fast.models.laplace import log_joint_and_gradient
 from libi_fast.ops import chains as op
 
 F64 = torch.float64
@@ -146,11 +146,7 @@ def test_ranks_are_uniform(method: str, likelihood: str) -> None:
 
 
 def leapfrog(model: lf.LatentVariableModel, x: Tensor, z: Tensor, u: Tensor, step: float, steps: int):
-    def density(rows: slice, at: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = at[0].detach().requires_grad_()
-        value = posterior.log_joint(model, x[rows], leaf)
-        return value.detach()[None], torch.autograd.grad(value.sum(), leaf)[0][None]
-
+    density = log_joint_and_gradient(model, x)
     value, gradient = density(slice(None), z[None])
     settings = Settings("hmc", 1, steps)
     h = torch.full_like(z[None], step)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
+from libi_fast.kernels.chains.reference import Density
 from libi_fast.models.model import LatentVariableModel, evaluation_mode
 from libi_fast.ops.log_mean_exp import log_mean_exp
 from libi_fast.ops.random import Stream, philox_normal, philox_uniform
@@ -50,6 +51,19 @@ def log_joint(model: LatentVariableModel, x: Tensor, z: Tensor) -> Tensor:
     """log p(x | z) + log N(z; 0, I), x [n, D] with z [n, L] or [n, S, L]."""
     prior = -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
     return model.log_prob(x if z.dim() == x.dim() else x[:, None], z) + prior
+
+
+def log_joint_and_gradient(model: LatentVariableModel, x: Tensor) -> Density:
+    """log p(x, z) of rows x [N, D], with its gradient to codes z [1, n, C, L]: the density of Markov chains."""
+
+    def density(rows: slice, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = z[0].detach().requires_grad_()
+            value = log_joint(model, x[rows], leaf)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach()[None], gradient[None]
+
+    return density
 
 
 # --- mutual information ---

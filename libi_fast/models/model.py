@@ -113,14 +113,20 @@ class LatentVariableModel(nn.Module):
         Raises:
             InputError: n below 1, a seed outside 64 bits.
         """
+        return self.sample_joint(n, seed)[0]
+
+    @torch.no_grad()
+    def sample_joint(self, n: int, seed: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The draws x [n, D] of :meth:`sample` with their codes z [n, L]: each z is a draw from p(z | x). Raises likewise."""
         if n < 1:
             raise InputError(f"n must be at least 1, got {n}")
 
         key = as_seed(seed, self.device)
         common: dict[str, Any] = {"stream": Stream.MODEL_SAMPLE, "dtype": self.dtype, "device": self.device}
-        output = self.decode(philox_normal(key, n, self.latent_dim, **common))
+        z = philox_normal(key, n, self.latent_dim, **common)
+        output = self.decode(z)
         draw = philox_normal if self.likelihood.reparameterized else philox_uniform
-        return self.likelihood.sample(output, draw(key, n, output.shape[-1], repetition=1, **common))
+        return self.likelihood.sample(output, draw(key, n, output.shape[-1], repetition=1, **common)), z
 
     def config(self) -> dict[str, Any]:
         from libi_fast.models.networks import describe

@@ -29,6 +29,9 @@ class Stream(IntEnum):
     FREQUENCIES = 8
     CONSTRAINTS = 9
     MIXTURE = 10  # which component of a mixture a sample comes from
+    ANNEALING_START = 11
+    ANNEALING_MOMENTUM = 12
+    ANNEALING_ACCEPTANCE = 13
 
 
 INDEX_LIMIT = 2**32

@@ -554,6 +554,69 @@ void chains(Case& c) {
     }
 }
 
+// Without adaptation, a call that goes on where another ended ends where one would.
+template <class T>
+void annealing(Case& c) {
+    constexpr int64_t words = int64_t{1} << 32;
+    Problem p = problem<T>(c, 200, 40);
+    p.call.tail = 0;
+    if (c.one_in(2)) p.call.mean = nullptr;
+    Annealing call{};
+    const int64_t latents = p.latents, in_all = p.batch * p.call.samples;
+    call.temperatures = 1 + c.size(c.one_in(4) ? 9 : 4), call.leapfrogs = 1 + c.size(2);
+    const int64_t last = 4 * words / (latents > 2 ? latents : 2) - call.temperatures;
+    const int64_t most = last < words - call.temperatures ? last : words - call.temperatures;
+    call.first_transition = c.one_in(2) ? 0 : c.one_in(2) ? most : c.up_to(most);
+    call.momentum_stream = c.one_of<int64_t>({0, 3, 255}), call.acceptance_stream = c.one_of<int64_t>({0, 4, 255});
+    call.jitter = c.one_of({0.0, 0.0, 0.5, 1 - 0x1p-53}), call.target = c.one_of({0.0, 0.8, 1e-300, 1 - 0x1p-53});
+    call.rate = c.one_of({0.0, 0.0, 0.1, 1.0, 1e-300});
+    double* const betas = c.array<double>(call.temperatures + 1);
+    for (int64_t t = 0; t <= call.temperatures; ++t) betas[t] = static_cast<double>(c.up_to(4)) / 4;
+    call.betas = betas;
+    call.z = c.values<T>(in_all * latents);
+    T* const step = c.values<T>(p.batch * call.temperatures);
+    const bool usual = c.one_in(2);  // steps that move
+    for (int64_t i = 0; i < p.batch * call.temperatures && usual; ++i) step[i] = static_cast<T>(c.up_to(1000)) / 1000;
+    call.step = step;
+    T *const z = c.result<T>(in_all * latents), *const acceptance = c.result<T>(in_all);
+    call.last = z, call.acceptance = acceptance, call.log_weights = c.result<T>(in_all);
+    if (call.rate > 0) call.steps = c.result<T>(in_all * call.temperatures);
+    if (c.one_in(10)) {
+        constexpr int64_t lowest = std::numeric_limits<int64_t>::min(), highest = std::numeric_limits<int64_t>::max();
+        const int64_t low = c.one_of<int64_t>({-1, lowest}), high = c.one_of<int64_t>({low, words + 1, highest});
+        if (c.one_in(4)) *c.one_of({&call.jitter, &call.target, &call.rate}) = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
+        else if (c.one_in(4)) betas[c.up_to(call.temperatures)] = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
+        else if (c.one_in(3)) *c.one_of({&call.leapfrogs, &call.temperatures}) = c.one_in(2) ? 0 : low;
+        else if (c.one_in(2)) *c.one_of({&call.momentum_stream, &call.acceptance_stream}) = high;
+        else *c.one_of({&call.temperatures, &call.first_transition}) = high;
+        c.must_fail();
+    } else {
+        spoil(c, p);
+    }
+    const auto kernel = of_type<T>(c.kernels.annealing_f32, c.kernels.annealing_f64);
+    const auto run = [&](int threads) {
+        call.on = p.call, call.on.threads = threads;
+        return kernel(&call);
+    };
+    if (!c.run(run)) return;
+    for (int64_t i = 0; i < in_all; ++i)
+        if (!(acceptance[i] >= 0 && acceptance[i] <= 1)) fail("no acceptance rate", i);
+    if (call.rate > 0 || call.temperatures < 2) return;
+    const int64_t cut = 1 + c.up_to(call.temperatures - 2), left = call.temperatures - cut;
+    T *const early = c.array<T>(p.batch * cut), *const late = c.array<T>(p.batch * left);
+    for (int64_t i = 0; i < p.batch; ++i)
+        for (int64_t t = 0; t < call.temperatures; ++t)
+            *(t < cut ? early + i * cut + t : late + i * left + t - cut) = step[i * call.temperatures + t];
+    Annealing part = call;
+    T *const halfway = c.array<T>(in_all * latents), *const end = c.array<T>(in_all * latents);
+    part.acceptance = c.array<T>(in_all), part.log_weights = c.array<T>(in_all);
+    part.temperatures = cut, part.step = early, part.last = halfway;
+    if (kernel(&part) != kOk) return;  // memory was refused
+    part.temperatures = left, part.step = late, part.betas += cut, part.first_transition += cut, part.z = halfway;
+    part.last = end;
+    if (kernel(&part) == kOk) expect_same<T>("annealing in two parts ends elsewhere", z, end, in_all * latents);
+}
+
 struct Entry {
     const char* name;
     void (*run)(Case&);
@@ -564,6 +627,7 @@ const Entry kCases[] = {
     {"philox_words", philox_words}, LIBI_BOTH(philox_uniform),      LIBI_BOTH(philox_normal), LIBI_BOTH(log_mean_exp),
     LIBI_BOTH(log_mean_exp_backward), LIBI_BOTH(henze_zirkler), LIBI_BOTH(henze_zirkler_characteristic),
     LIBI_BOTH(smooth_knn), LIBI_BOTH(importance), LIBI_BOTH(resampling), LIBI_BOTH(chains),
+    LIBI_BOTH(annealing),
 };
 
 int64_t option(int count, char** arguments, const char* name, int64_t otherwise) {

@@ -1,0 +1,130 @@
+// Annealed importance sampling: reference.py has the formulas, ../chains/cpu_chains.hpp the chains of a tile.
+//
+// A tile runs from the first temperature to the last. Where the chains stand, Room keeps log p(x, z) and its gradient, which
+// are the same at every temperature; q is a few multiplications a latent, and made anew where it is needed.
+#include "../chains/cpu_chains.hpp"
+
+namespace libi {
+namespace LIBI_ISA {
+namespace {
+
+template <class T>
+struct AnnealedRoom : Room<T> {
+    T *inverse, *offset;  // 1 / scale [latents][64]; logarithm of what the adaptation made of the step sizes [64]
+    double log_weights[kTileSamples];
+
+    static int64_t size(const Plan<T>& plan) { return Room<T>::size(plan) + (plan.latents + 1) * kTileSamples; }
+    void make(const Plan<T>& plan, T* at) {
+        inverse = Room<T>::make(plan, at), offset = inverse + plan.latents * kTileSamples;
+    }
+};
+
+// log f_b, between log q and log p(x, z).
+template <class T>
+struct Between {
+    using V = Vector<T>;
+    const Plan<T>& plan;
+    const Space<T>& space;
+    const AnnealedRoom<T>& room;
+    V b, rest;  // b, 1 - b
+
+    V from_mean(const T* z, int64_t at) const {  // in standard deviations of q
+        return (load<T>(z) - load<T>(space.mean + at)) * load<T>(room.inverse + at);
+    }
+    V slope(int64_t l, int64_t s, int64_t at, V of_joint) const {
+        const V of_q = -from_mean(position(space, l, s), at) * load<T>(room.inverse + at);
+        return multiply_add(b, of_joint, rest * of_q);
+    }
+    template <class Z>  // log q less its constants at z(l)
+    V log_q(int64_t s, Z z) const {
+        V sum = V{};
+        for (int64_t l = 0; l < plan.latents; ++l) {
+            const V off = from_mean(z(l), l * kTileSamples + s);
+            sum = multiply_add(off, off, sum);
+        }
+        return sum * all<T>(static_cast<T>(-0.5));
+    }
+    V log_q_there(int64_t s) const {  // where the chains stand
+        return log_q(s, [&](int64_t l) { return room.z + l * kTileSamples + s; });
+    }
+    V gain(int64_t s) const {
+        const V of_q = log_q(s, [&](int64_t l) { return position(space, l, s); }) - log_q_there(s);
+        return multiply_add(b, load<T>(room.moved + s) - load<T>(room.value + s), rest * of_q);
+    }
+};
+
+// A tile: chains first .. of a group of rows.
+template <class T>
+void anneal(
+    const Annealing& call, const Plan<T>& plan, int64_t r, int64_t group, int64_t first, Space<T>& space, AnnealedRoom<T>& room) {
+    using V = Vector<T>;
+    const int64_t latents = plan.latents, temperatures = call.temperatures;
+    const Lanes lanes = place_chains(call, plan, r, group, first, space, room);
+    const T* steps[kTileSamples];  // of each lane's row
+    for (int64_t lane = 0; lane < space.panels * kPanel<T>; ++lane) {
+        steps[lane] = static_cast<const T*>(call.step) + lanes.in_rows(lane) * temperatures;
+        room.offset[lane] = 0, room.log_weights[lane] = 0;
+    }
+    over_latents(plan, space, [&](int64_t, int64_t, int64_t at) {
+        store<T>(room.inverse + at, all<T>(1) / load<T>(space.scale + at));
+    });
+    evaluate<T, true>(plan, r, space, room);
+    stay(plan, room);
+    for (int64_t t = 0; t < temperatures; ++t) {
+        const int64_t in_sequence = call.first_transition + t;
+        const double b = call.betas[t + 1], colder = b - call.betas[t];
+        const Between<T> between{plan, space, room, all<T>(static_cast<T>(b)), all<T>(static_cast<T>(1 - b))};
+        over_lanes(space, [&](int64_t s) { store<T>(room.change + s, load<T>(room.value + s) - between.log_q_there(s)); });
+        for (int64_t lane = 0; lane < space.panels * kPanel<T>; ++lane) {
+            room.log_weights[lane] += colder * static_cast<double>(room.change[lane]);
+            room.step[lane] = steps[lane][t];
+        }
+        if (call.rate > 0)
+            over_lanes(space, [&](int64_t s) {
+                store<T>(room.step + s, load<T>(room.step + s) * exp_of<T>(load<T>(room.offset + s)));
+            });
+        const T* const v = draw_steps(call.jitter, in_sequence, space, room);
+        draw_momenta(plan, in_sequence, space, room);
+        leapfrog(plan, r, call.leapfrogs, between, space, room);
+        accept(plan, v, space, room);
+        if (!(call.rate > 0)) continue;
+        for (int64_t lane = 0; lane < space.count; ++lane)
+            static_cast<T*>(call.steps)[lanes.in_all(lane) * temperatures + t] = room.step[lane];
+        const V rate = all<T>(static_cast<T>(call.rate)), target = all<T>(static_cast<T>(call.target));
+        over_lanes(space, [&](int64_t s) {
+            const V excess = load<T>(room.probability + s) - target;
+            store<T>(room.offset + s, multiply_add(rate, excess, load<T>(room.offset + s)));
+        });
+    }
+    const double constant = static_cast<double>(plan.constant[plan.replica(r)]), range = call.betas[temperatures] - call.betas[0];
+    for (int64_t lane = 0; lane < space.count; ++lane) {
+        const int64_t at = lanes.in_all(lane);
+        const double whole = room.log_weights[lane] + range * (constant + static_cast<double>(space.log_scales[lane]));
+        static_cast<T*>(call.log_weights)[at] = static_cast<T>(whole);
+        static_cast<T*>(call.acceptance)[at] = static_cast<T>(room.acceptance[lane] / static_cast<double>(temperatures));
+        for (int64_t l = 0; l < latents; ++l) static_cast<T*>(call.last)[at * latents + l] = room.z[l * kTileSamples + lane];
+    }
+}
+
+int check(const Annealing& call) {
+    const Importance& on = call.on;
+    if (call.temperatures < 1 || call.leapfrogs < 1) return kBadSize;
+    if (!(call.jitter >= 0 && call.jitter < 1) || !(call.target >= 0 && call.target < 1)) return kBadSize;
+    if (!(call.rate >= 0 && call.rate <= 1)) return kBadSize;
+    if (const int error =
+            check_draws(on, call.temperatures, call.first_transition, call.momentum_stream, call.acceptance_stream))
+        return error;
+    if (!fits(8, on.replicas, on.rows, on.samples, call.temperatures) || !fits(8, on.replicas, on.rows, on.samples, on.widths[0]))
+        return kBadSize;
+    for (int64_t t = 0; t <= call.temperatures; ++t)
+        if (!(call.betas[t] >= 0 && call.betas[t] <= 1)) return kBadSize;
+    return kOk;
+}
+
+}  // namespace
+
+int annealing_f32(const Annealing* call) { return run_tiles<float, AnnealedRoom<float>>(*call, check, anneal<float>); }
+int annealing_f64(const Annealing* call) { return run_tiles<double, AnnealedRoom<double>>(*call, check, anneal<double>); }
+
+}  // namespace LIBI_ISA
+}  // namespace libi
