@@ -452,14 +452,15 @@ def annealing(
 ) -> annealing_reference.Result:  # fmt: skip
     """As ``kernels.annealing.reference.run`` on chains' ``log_joint``."""
     replicas, rows, chains, latents = z.shape
-    temperatures = len(betas) - 1
+    temperatures = betas.shape[-1] - 1
+    betas = betas.expand(replicas, -1).contiguous()
     draws = Draws(noise.seed, noise.replicas, settings.first_row, 0, noise.streams[0], noise.normal)
     call = _ImportanceCall(x, mean, log_scale, decoder, draws, chains, 0)
     call._expect("mean", mean, (replicas, rows, latents))
     call._expect("z", z, (replicas, rows, chains, decoder.widths[0]))
     call._expect("step", step, (replicas, rows, temperatures))
-    if betas.dim() != 1 or betas.dtype != torch.float64 or betas.device.type != "cpu":
-        raise ValueError(f"annealing: betas is {tuple(betas.shape)}, {betas.dtype}, {betas.device.type}; expected float64 [T + 1]")
+    if betas.dtype != torch.float64 or betas.device.type != "cpu":
+        raise ValueError(f"annealing: betas is {betas.dtype} on {betas.device.type}; expected float64 on the CPU")
     shape = (replicas, rows, chains)
     result = annealing_reference.Result(
         z.new_empty(z.shape), z.new_empty(shape), z.new_empty(shape),

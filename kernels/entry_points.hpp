@@ -74,7 +74,7 @@ struct Annealing {
     int64_t temperatures, leapfrogs, first_transition;
     int64_t momentum_stream, acceptance_stream;
     double jitter, rate, target;             // rate: of the adaptation of step sizes to acceptance rate target, or 0
-    const double* betas;                     // [temperatures + 1]
+    const double* betas;                     // [replicas, temperatures + 1]
     const void *z, *step;                    // [replicas, rows, chains, latents], [replicas, rows, temperatures]
     // results
     void *last, *log_weights, *acceptance;   // [replicas, rows, chains, latents], [replicas, rows, chains] twice

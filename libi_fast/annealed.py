@@ -109,7 +109,7 @@ class _Annealing:
             first_transition=number * self.temperatures, first_row=self.settings.first_row + rows.start, **settings
         )  # fmt: skip
         mean, log_scale = (t[rows][None].contiguous() for t in self.proposal)
-        tensors = (z[None].contiguous(), betas, step[None].contiguous(), mean, log_scale)
+        tensors = (z[None].contiguous(), betas[None], step[None].contiguous(), mean, log_scale)
         recognised = recognise_model(model, x)
         if recognised is not None:
             result = op.annealing_of_layers(x[None], *tensors, *recognised, self.key, replicas, start, self.backend)
@@ -267,7 +267,9 @@ def annealed_log_likelihood(
         log_weights = _weightless(raw)
         value, error = _log_mean_weight(log_weights)
     if failed := int(raw.isnan().any(-1).sum()):
-        message = f"{failed} of {len(x)} data points have chains that started where log p(x, z) is not a number: they have no weight"
+        message = (
+            f"{failed} of {len(x)} data points have chains that started where log p(x, z) is not a number: they have no weight"
+        )
         warnings.warn(message, DivergenceWarning, stacklevel=2)
     return AnnealedLogLikelihood(value, error, log_weights, acceptance, z, step)
 

@@ -86,7 +86,9 @@ def test_reverse_weights_are_unbiased_for_the_reciprocal(from_q: bool) -> None:
     mean, covariance = lf.exact_posterior(model, x)
     z = mean + lf.philox_normal(3, count, 2, dtype=F64) @ torch.linalg.cholesky(covariance).mT
     x = x.expand(count, -1)
-    found = lf.bidirectional_gap(model, x=x, z=z, proposal=wide(model, x) if from_q else None, chains=1, temperatures=4, leapfrogs=2, seed=2)
+    found = lf.bidirectional_gap(
+        model, x=x, z=z, proposal=wide(model, x) if from_q else None, chains=1, temperatures=4, leapfrogs=2, seed=2
+    )
     ratio = (lf.exact_log_likelihood(model, x) - found.upper).exp()
     assert (ratio.mean() - 1).abs() < 4 * ratio.std() / math.sqrt(count) < 0.05
     assert ratio.log().var() > 0.02
@@ -165,7 +167,7 @@ def test_a_temperature_costs_its_leapfrogs() -> None:
         calls[0] = 0
         betas, step = annealed.sigmoid_betas(temperatures), torch.full((1, 3, temperatures), 0.3)
         q = torch.zeros(1, 3, 2)
-        found = reference.run(counting, torch.randn(1, 3, 4, 2), betas, step, q, q, noise, Settings(leapfrogs), 10)
+        found = reference.run(counting, torch.randn(1, 3, 4, 2), betas[None], step, q, q, noise, Settings(leapfrogs), 10)
         assert calls[0] == temperatures * leapfrogs + 1 and 0 < found.acceptance.mean() < 1
 
 

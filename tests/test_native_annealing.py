@@ -53,7 +53,7 @@ class Annealing(NamedTuple):
         return self._replace(**{name: getattr(self, name)[:, rows] for name in ("x", "z", "step", "mean", "log_scale")})
 
     def temperatures(self, some: slice) -> Annealing:
-        return self._replace(betas=self.betas[some.start : some.stop + 1], step=self.step[:, :, some])
+        return self._replace(betas=self.betas[:, some.start : some.stop + 1], step=self.step[:, :, some])
 
 
 def annealing(widths: list[int], activation: str = "tanh", likelihood: str = "gaussian", *, rows: int = 3, chains: int = 5,
@@ -61,7 +61,7 @@ def annealing(widths: list[int], activation: str = "tanh", likelihood: str = "ga
     p = problem(widths, activation, likelihood, rows=rows, num_samples=1, replicas=replicas, **settings)
     z = p.mean[:, :, None] + 0.5 * torch.randn(replicas, rows, chains, widths[0])
     steps = step * (0.5 + torch.rand(replicas, rows, temperatures))
-    return Annealing(p.x, z, sigmoid_betas(temperatures), steps, p.mean, p.log_scale, p.decoder, p.replicas)
+    return Annealing(p.x, z, sigmoid_betas(temperatures)[None], steps, p.mean, p.log_scale, p.decoder, p.replicas)
 
 
 def noise(c: Annealing) -> Noise:
@@ -101,7 +101,7 @@ CASES = [
 def test_float64_follows_the_reference(widths: list[int], activation: str, likelihood: str, settings: Settings) -> None:
     """From a q of its own for each row, with replicas of their own; down the temperatures too."""
     c = annealing(widths, activation, likelihood, replicas=2, own=2).to(F64)
-    for way in (c, c._replace(betas=c.betas.flip(0))):
+    for way in (c, c._replace(betas=c.betas.flip(-1))):
         found = native(way, settings)
         assert_close(found, exact(way, settings))
         assert 0.2 < found.acceptance.mean() < 1 and (found.z != c.z).any(-1).float().mean() > 0.9
@@ -207,7 +207,7 @@ def test_bad_betas_are_refused() -> None:
     c = annealing([2, 6, 2])
     for bad in (-0.1, 1.1, math.nan):
         betas = c.betas.clone()
-        betas[3] = bad
+        betas[0, 3] = bad
         with pytest.raises(ValueError, match="a size is negative"):
             native(c._replace(betas=betas), FROZEN)
     with pytest.raises(ValueError, match="expected float64"):

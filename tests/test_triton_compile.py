@@ -90,7 +90,7 @@ def annealing_launches(model: Decoder, rows: int, count: int, rate: float = 0.0)
     latent_dim, outputs, temperatures = model.weights[0].shape[-1], model.weights[-1].shape[-2], 1000
     x, mean = torch.empty(1, rows, outputs, device=META), torch.empty(1, rows, latent_dim, device=META)
     z, step = torch.empty(1, rows, count, latent_dim, device=META), torch.empty(1, rows, temperatures, device=META)
-    betas = torch.empty(temperatures + 1, dtype=torch.float64, device=META)
+    betas = torch.empty(1, temperatures + 1, dtype=torch.float64, device=META)
     seed, replicas = torch.empty((), dtype=torch.int64, device=META), torch.empty(1, dtype=torch.int64, device=META)
     noise = Noise(seed, replicas, (1, 2), reference_normal, reference_uniform)
     with gpu.recorded() as launches:

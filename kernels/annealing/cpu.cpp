@@ -60,6 +60,7 @@ void anneal(
     using V = Vector<T>;
     const int64_t latents = plan.latents, temperatures = call.temperatures;
     const Lanes lanes = place_chains(call, plan, r, group, first, space, room);
+    const double* const betas = call.betas + r * (temperatures + 1);
     const T* steps[kTileSamples];  // of each lane's row
     for (int64_t lane = 0; lane < space.panels * kPanel<T>; ++lane) {
         steps[lane] = static_cast<const T*>(call.step) + lanes.in_rows(lane) * temperatures;
@@ -72,7 +73,7 @@ void anneal(
     stay(plan, room);
     for (int64_t t = 0; t < temperatures; ++t) {
         const int64_t in_sequence = call.first_transition + t;
-        const double b = call.betas[t + 1], colder = b - call.betas[t];
+        const double b = betas[t + 1], colder = b - betas[t];
         const Between<T> between{plan, space, room, all<T>(static_cast<T>(b)), all<T>(static_cast<T>(1 - b))};
         over_lanes(space, [&](int64_t s) { store<T>(room.change + s, load<T>(room.value + s) - between.log_q_there(s)); });
         for (int64_t lane = 0; lane < space.panels * kPanel<T>; ++lane) {
@@ -96,7 +97,7 @@ void anneal(
             store<T>(room.offset + s, multiply_add(rate, excess, load<T>(room.offset + s)));
         });
     }
-    const double constant = static_cast<double>(plan.constant[plan.replica(r)]), range = call.betas[temperatures] - call.betas[0];
+    const double constant = static_cast<double>(plan.constant[plan.replica(r)]), range = betas[temperatures] - betas[0];
     for (int64_t lane = 0; lane < space.count; ++lane) {
         const int64_t at = lanes.in_all(lane);
         const double whole = room.log_weights[lane] + range * (constant + static_cast<double>(space.log_scales[lane]));
@@ -116,7 +117,7 @@ int check(const Annealing& call) {
         return error;
     if (!fits(8, on.replicas, on.rows, on.samples, call.temperatures) || !fits(8, on.replicas, on.rows, on.samples, on.widths[0]))
         return kBadSize;
-    for (int64_t t = 0; t <= call.temperatures; ++t)
+    for (int64_t t = 0; t < on.replicas * (call.temperatures + 1); ++t)
         if (!(call.betas[t] >= 0 && call.betas[t] <= 1)) return kBadSize;
     return kOk;
 }

@@ -59,7 +59,7 @@ def kick(u, h, part, slope, z, mean, inverse, b, L: tl.constexpr):
 # Sizes and counters change from call to call, and nothing is gained by a kernel compiled for a multiple of 16 of them.
 COUNTS = (
     "rows", "chains", "temperatures", "leapfrogs", "first_transition", "first_row", "momentum_stream", "acceptance_stream",
-    "x_step", "table_step", "bias_step", "variance_step", "betas_step",
+    "x_step", "table_step", "bias_step", "variance_step",
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ COUNTS = (
 def annealing_kernel(
     seed, replicas, x, z_start, betas, step, mean, log_scale, table, bias, variance, last, log_weights, acceptance, steps_out,
     rows, chains, temperatures, leapfrogs, jitter, rate, target, first_transition, first_row, momentum_stream,
-    acceptance_stream, x_step, table_step, bias_step, variance_step, betas_step,
+    acceptance_stream, x_step, table_step, bias_step, variance_step,
     L: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr,
     OUTPUT: tl.constexpr, LIKELIHOOD: tl.constexpr, ADAPT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def annealing_kernel(
     use = 256 * tl.load(replicas + replica)
     momentum_use = (momentum_stream + use).to(tl.uint32)
     acceptance_use = (acceptance_stream + use).to(tl.uint32)
-    betas += replica * betas_step
+    betas += replica * (temperatures + 1)
     table += replica * table_step
     if LANES == 2 and STEPS > 0:
         table += lane * ((STEPS + 1) // 2 * UNROLL * (L + 1 + D))
@@ -197,7 +197,7 @@ def run(
     if not result.log_weights.numel():
         return result
     x, z, step, mean, log_scale = (t.contiguous() for t in (x, z, step, mean, log_scale))
-    betas = betas.to(x.device).contiguous()
+    betas = betas.to(x.device).expand(replicas, -1).contiguous()
     packed = gpu_narrow.pack(decoder)
     table, steps = pair(packed)
     variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
@@ -209,7 +209,7 @@ def run(
             noise.seed, noise.replicas, x, z, betas, step, mean, log_scale, table, packed.bias, variance, *result,
             rows, chains, temperatures, settings.leapfrogs, float(settings.jitter), float(settings.rate),
             float(settings.target), settings.first_transition, settings.first_row, *noise.streams,
-            step_of(x), step_of(table), step_of(packed.bias), step_of(variance), 0,
+            step_of(x), step_of(table), step_of(packed.bias), step_of(variance),
             L=latent_dim, D=outputs, STEPS=steps, UNROLL=packed.unroll, ACTIVATION=packed.activation,
             OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, ADAPT=adapts, BLOCK=block, LANES=lanes,
             num_warps=configuration["warps"],

@@ -57,7 +57,7 @@ class _Path:
 
     def __init__(self, density: Density, mean: Tensor, log_scale: Tensor):
         self.density, self.mean, self.log_scale, self.scale = density, mean, log_scale, log_scale.exp()
-        self.b = 0.0
+        self.b = mean.new_zeros(())  # [R or 1, 1, 1]
         self.joint = self.slope = mean  # log p(x, z) and its gradient where f_b was last evaluated
 
     def log_q(self, z: Tensor) -> Tensor:
@@ -66,7 +66,8 @@ class _Path:
     def between(self, z: Tensor, joint: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         """log f_b and its gradient from those of log p(x, z)."""
         to_q = -(z - self.mean) / self.scale.square()
-        return (1 - self.b) * self.log_q(z) + self.b * joint, (1 - self.b) * to_q + self.b * slope
+        b = self.b[..., None]
+        return (1 - self.b) * self.log_q(z) + self.b * joint, (1 - b) * to_q + b * slope
 
     def __call__(self, rows: slice, z: Tensor) -> tuple[Tensor, Tensor]:
         self.joint, self.slope = self.density(rows, z)
@@ -74,23 +75,26 @@ class _Path:
 
 
 def _run_rows(
-    density: Density, rows: slice, z: Tensor, betas: list[float], step: Tensor, mean: Tensor, log_scale: Tensor, noise: Noise,
+    density: Density, rows: slice, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, noise: Noise,
     settings: Settings,
 ) -> Result:  # fmt: skip
     chains, latents = z.shape[-2:]
     path = _Path(density, mean, log_scale)
     joint, slope = density(rows, z)
-    log_weights, offset, sum_acceptance = torch.zeros_like(joint, dtype=torch.float64), torch.zeros_like(joint), torch.zeros_like(joint)
+    temperatures = betas.shape[-1] - 1
+    log_weights = torch.zeros_like(joint, dtype=torch.float64)
+    offset, sum_acceptance = torch.zeros_like(joint), torch.zeros_like(joint)
     steps = []
     in_sequence = slice(settings.first_row + rows.start, settings.first_row + rows.stop)
-    for block in blocks(len(betas) - 1, TRANSITIONS_AT_ONCE):
+    for block in blocks(temperatures, TRANSITIONS_AT_ONCE):
         moved = slice(settings.first_transition + block.start, settings.first_transition + block.stop)
         momenta = noise.draw(noise.normal, noise.streams[0], latents, in_sequence, chains, moved, z)
         uniforms = noise.draw(noise.uniform, noise.streams[1], 2, in_sequence, chains, moved, z)
         for t in range(block.start, block.stop):
             u, (v_accept, v_step) = momenta[..., t - block.start, :], uniforms[..., t - block.start, :].unbind(-1)
-            log_weights = log_weights + (betas[t + 1] - betas[t]) * (joint - path.log_q(z)).double()
-            path.b = betas[t + 1]
+            before, after = betas[:, t, None, None], betas[:, t + 1, None, None]
+            log_weights = log_weights + (after - before) * (joint - path.log_q(z)).double()
+            path.b = after.to(z.dtype)
             eps = step[:, :, t, None] * offset.exp()
             h = (eps * (1 + settings.jitter * (2 * v_step - 1)))[..., None] * path.scale
             value, gradient = path.between(z, joint, slope)
@@ -106,7 +110,7 @@ def _run_rows(
                 steps.append(eps)
                 offset = offset + settings.rate * (probability - settings.target)
     return Result(
-        z, log_weights.to(z.dtype), sum_acceptance / (len(betas) - 1),
+        z, log_weights.to(z.dtype), sum_acceptance / temperatures,
         torch.stack(steps, -1) if settings.rate else z.new_empty((*joint.shape, 0)),
     )  # fmt: skip
 
@@ -115,17 +119,17 @@ def run(
     density: Density, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, noise: Noise, settings: Settings,
     widest: int,
 ) -> Result:  # fmt: skip
-    """Chains from z [R, N, C, L] over betas [T + 1] (float64) with step sizes [R, N, T] and q's mean and log_scale [R, N, L];
-    ``density`` is log p(x, z), ``widest`` the values that a point of it needs at once."""
-    replicas, n, chains, latents = z.shape
+    """Chains from z [R, N, C, L] over betas [R or 1, T + 1] (float64) with step sizes [R, N, T] and q's mean and log_scale
+    [R, N, L]; ``density`` is log p(x, z), ``widest`` the values that a point of it needs at once."""
+    replicas, n, chains, _ = z.shape
     at_once = max(1, TILE_VALUES // (widest * replicas * max(chains, 1)))
     parts = [
         _run_rows(
-            density, rows, z[:, rows], betas.tolist(), step[:, rows], mean[:, rows, None], log_scale[:, rows, None], noise, settings
+            density, rows, z[:, rows], betas, step[:, rows], mean[:, rows, None], log_scale[:, rows, None], noise, settings
         )
         for rows in blocks(n, at_once)
     ]  # fmt: skip
     if not parts:
         empty = z.new_empty((replicas, 0, chains))
-        return Result(z, empty, empty, z.new_empty((replicas, 0, chains, (len(betas) - 1) * bool(settings.rate))))
+        return Result(z, empty, empty, z.new_empty((replicas, 0, chains, (betas.shape[-1] - 1) * bool(settings.rate))))
     return Result(*(torch.cat(p, 1) for p in zip(*parts, strict=True)))

@@ -19,7 +19,7 @@ from libi_fast.kernels.annealing.reference import Result, Settings
 from libi_fast.kernels.chains.reference import Density, Noise, log_joint
 from libi_fast.ops import _library as lib
 from libi_fast.ops import random
-from libi_fast.ops.importance import _DECODER_SCHEMA, Layers, check_layers
+from libi_fast.ops.importance import _DECODER_SCHEMA, Layers, _float32_only, check_layers
 from libi_fast.ops.random import Stream
 
 __all__ = ["Result", "Settings", "annealing_of_density", "annealing_of_layers"]
@@ -49,10 +49,22 @@ def _cpu(x, z, betas, step, mean, log_scale, *rest):
     return tuple(native.annealing(x, z, betas, step, mean, log_scale, *_unpack(*rest)))
 
 
+def _triton(x, z, betas, step, mean, log_scale, *rest):
+    from libi_fast.kernels.annealing import gpu
+
+    return tuple(gpu.run(x, z, betas, step, mean, log_scale, *_unpack(*rest)))
+
+
+def _narrow_only(x, z, betas, *rest):
+    from libi_fast.kernels.chains import gpu
+
+    return _float32_only(x, z, *rest) or gpu.refusal(_unpack(*rest[3:])[0])
+
+
 def _fake(x, z, betas, step, mean, log_scale, parameters, variance, activations, has_bias, likelihood, seed, replicas,
           leapfrogs, jitter, rate, *settings):  # fmt: skip
     shape = z.shape[:3]
-    temperatures = betas.shape[0] - 1 if rate > 0 else 0
+    temperatures = betas.shape[-1] - 1 if rate > 0 else 0
     return torch.empty_like(z), z.new_empty(shape), z.new_empty(shape), z.new_empty((*shape, temperatures))
 
 
@@ -61,8 +73,9 @@ _annealing = lib.define(
     f"(Tensor x, Tensor z, Tensor betas, Tensor step, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}Tensor seed, "
     "Tensor replicas, SymInt leapfrogs, float jitter, float rate, float target, SymInt first_transition, SymInt first_row, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"reference": _reference, "cpu": _cpu},
+    {"reference": _reference, "cpu": _cpu, "triton": _triton},
     _fake,
+    limits={"triton": _narrow_only},
 )
 
 
@@ -89,8 +102,8 @@ def annealing_of_layers(
     x: Tensor, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, layers: Layers,
     parameters: Sequence[Tensor], variance: Tensor, seed: Tensor, replicas: Tensor, settings: Settings, backend: str = "",
 ) -> Result:  # fmt: skip
-    """A recognised decoder. x [R or 1, N, D], z [R, N, C, L], betas [T + 1] float64, step [R, N, T], mean and log_scale of q
-    [R, N, L]; parameters with R or 1 in front; variance likewise."""
+    """A recognised decoder. x [R or 1, N, D], z [R, N, C, L], betas [R or 1, T + 1] float64, step [R, N, T], mean and
+    log_scale of q [R, N, L]; parameters with R or 1 in front; variance likewise."""
     check_layers(x, layers, parameters, variance)
     with torch.no_grad():
         return Result(*_annealing(

@@ -56,16 +56,16 @@ def case(widths: list[int], *options: str, chains: int = 3, temperatures: int = 
     replicas, rows, latent_dim = p.mean.shape
     z = p.mean[:, :, None] + p.log_scale[:, :, None].exp() * torch.randn(replicas, rows, chains, latent_dim)
     steps = step * (0.8 + 0.4 * torch.rand(replicas, rows, temperatures))
-    betas = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64).square()
+    betas = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64).square()[None]
     return Case(x=p.x, z=z, betas=betas, step=steps, mean=p.mean, log_scale=p.log_scale, decoder=p.decoder, replicas=p.replicas)
 
 
 def stepped(c: Case, settings: Settings) -> tuple[Result, Tensor]:
     """The reference one temperature after another, and which chains had no close call. Steps must not adapt."""
     z, log_weights, followed = c["z"].double(), 0.0, True
-    for t in range(len(c["betas"]) - 1):
+    for t in range(c["betas"].shape[-1] - 1):
         alone = settings._replace(first_transition=settings.first_transition + t)
-        here = c.changed(z=z, betas=c["betas"][t : t + 2], step=c["step"][:, :, t : t + 1]).exact(alone)
+        here = c.changed(z=z, betas=c["betas"][:, t : t + 2], step=c["step"][:, :, t : t + 1]).exact(alone)
         draw = (torch.tensor(SEED), c["replicas"], settings.first_row, z.shape[1], 2 * alone.first_transition, 1)
         u = torch.stack([reference_uniform(*draw, chain, 7, torch.float64)[..., 0] for chain in range(z.shape[2])], -1)
         followed = followed & ((u.log() - here.acceptance.log()).abs() > TIE)
@@ -99,7 +99,7 @@ def test_shapes(device, latent_dim, hidden):
 
 def test_back_from_the_posterior(device):
     c = case([2, 6, 2])
-    check(c.changed(betas=c["betas"].flip(0)), device, Settings(4))
+    check(c.changed(betas=c["betas"].flip(-1)), device, Settings(4))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -570,8 +570,9 @@ void annealing(Case& c) {
     call.momentum_stream = c.one_of<int64_t>({0, 3, 255}), call.acceptance_stream = c.one_of<int64_t>({0, 4, 255});
     call.jitter = c.one_of({0.0, 0.0, 0.5, 1 - 0x1p-53}), call.target = c.one_of({0.0, 0.8, 1e-300, 1 - 0x1p-53});
     call.rate = c.one_of({0.0, 0.0, 0.1, 1.0, 1e-300});
-    double* const betas = c.array<double>(call.temperatures + 1);
-    for (int64_t t = 0; t <= call.temperatures; ++t) betas[t] = static_cast<double>(c.up_to(4)) / 4;
+    const int64_t replicas = p.call.replicas, all_betas = replicas * (call.temperatures + 1);
+    double* const betas = c.array<double>(all_betas);
+    for (int64_t t = 0; t < all_betas; ++t) betas[t] = static_cast<double>(c.up_to(4)) / 4;
     call.betas = betas;
     call.z = c.values<T>(in_all * latents);
     T* const step = c.values<T>(p.batch * call.temperatures);
@@ -585,7 +586,7 @@ void annealing(Case& c) {
         constexpr int64_t lowest = std::numeric_limits<int64_t>::min(), highest = std::numeric_limits<int64_t>::max();
         const int64_t low = c.one_of<int64_t>({-1, lowest}), high = c.one_of<int64_t>({low, words + 1, highest});
         if (c.one_in(4)) *c.one_of({&call.jitter, &call.target, &call.rate}) = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
-        else if (c.one_in(4)) betas[c.up_to(call.temperatures)] = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
+        else if (c.one_in(4)) betas[c.up_to(all_betas - 1)] = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
         else if (c.one_in(3)) *c.one_of({&call.leapfrogs, &call.temperatures}) = c.one_in(2) ? 0 : low;
         else if (c.one_in(2)) *c.one_of({&call.momentum_stream, &call.acceptance_stream}) = high;
         else *c.one_of({&call.temperatures, &call.first_transition}) = high;
@@ -607,12 +608,19 @@ void annealing(Case& c) {
     for (int64_t i = 0; i < p.batch; ++i)
         for (int64_t t = 0; t < call.temperatures; ++t)
             *(t < cut ? early + i * cut + t : late + i * left + t - cut) = step[i * call.temperatures + t];
+    double *const warm = c.array<double>(replicas * (cut + 1)), *const cold = c.array<double>(replicas * (left + 1));
+    for (int64_t r = 0; r < replicas; ++r)
+        for (int64_t t = 0; t <= call.temperatures; ++t) {
+            const double b = betas[r * (call.temperatures + 1) + t];
+            if (t <= cut) warm[r * (cut + 1) + t] = b;
+            if (t >= cut) cold[r * (left + 1) + t - cut] = b;
+        }
     Annealing part = call;
     T *const halfway = c.array<T>(in_all * latents), *const end = c.array<T>(in_all * latents);
     part.acceptance = c.array<T>(in_all), part.log_weights = c.array<T>(in_all);
-    part.temperatures = cut, part.step = early, part.last = halfway;
+    part.temperatures = cut, part.betas = warm, part.step = early, part.last = halfway;
     if (kernel(&part) != kOk) return;  // memory was refused
-    part.temperatures = left, part.step = late, part.betas += cut, part.first_transition += cut, part.z = halfway;
+    part.temperatures = left, part.step = late, part.betas = cold, part.first_transition += cut, part.z = halfway;
     part.last = end;
     if (kernel(&part) == kOk) expect_same<T>("annealing in two parts ends elsewhere", z, end, in_all * latents);
 }
