@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as entry
-from benchmarks import accuracy, cases, chains, cpu, log_mean_exp, memory, peak, plots, report, smooth_knn, workloads
+from benchmarks import accuracy, annealing, cases, chains, cpu, log_mean_exp, memory, peak, plots, report, smooth_knn, workloads
 from benchmarks.workloads import Form
 
 EAGER = ["torch eager"]
@@ -78,7 +78,7 @@ def test_ours_may_not_be_twice_as_far_as_torch():
     assert judged["allowed"] and judged["of torch in float32"]["mean value"] == torchs["mean value"]
 
 
-@pytest.mark.parametrize("name", ["W1", "W2", "W6", "W7"])
+@pytest.mark.parametrize("name", ["W1", "W2", "W6", "W7", "W9"])
 def test_a_wrong_ours_means_a_non_zero_exit(name, monkeypatch, tmp_path, capsys):
     if name == "W1":
         right = log_mean_exp.lf.log_mean_exp
@@ -99,6 +99,9 @@ def test_a_wrong_ours_means_a_non_zero_exit(name, monkeypatch, tmp_path, capsys)
             return lambda: chains.Drawn([(z + 0.1 * task.scale[:, None, None], *rest)], *others)
 
         monkeypatch.setattr(chains, "ours", moved)
+    elif name == "W9":
+        annealed = annealing.ours
+        monkeypatch.setattr(annealing, "ours", lambda task: lambda: annealed(task)()._replace(log_weight=torch.zeros(8, 4)))
     else:
         statistic = smooth_knn.lf.smooth_knn
         off = {None: 0.1, "reference": 0.0}
@@ -287,11 +290,18 @@ def test_chains_are_measured(tmp_path, capsys):
     assert "rows that converged in every run" in capsys.readouterr().out
 
 
+def test_annealing_is_measured(tmp_path):
+    assert entry.main(["annealing", "--quick", "--peers", *EAGER, "--out", str(tmp_path)]) == 0
+    measured = json.loads((tmp_path / "W9.json").read_text())["results"]["W9"]
+    assert measured["ratio"] > 0 and measured["ours"]["error"]["followed to the end"] > 0.5
+    assert measured["forms"][measured["peer"]]["whole run"]["allowed"]
+
+
 def test_other_names(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        entry.main(["W2", "W9", "--out", str(tmp_path)])
-    assert "unknown: W9" in capsys.readouterr().err
-    assert [cpu.ALIASES[n] for n in ("log_mean_exp", "henze_zirkler", "smooth_knn", "chains")] == ["W1", "W5", "W6", "W7"]
+        entry.main(["W2", "W8", "--out", str(tmp_path)])
+    assert "unknown: W8" in capsys.readouterr().err
+    assert [cpu.ALIASES[n] for n in ("log_mean_exp", "smooth_knn", "chains", "annealing")] == ["W1", "W6", "W7", "W9"]
     monkeypatch.setattr(accuracy, "digits", lambda: {"figure": 1})
     monkeypatch.setitem(entry.OTHERS, "digits", accuracy.digits)
     assert entry.main(["digits", "--out", str(tmp_path)]) == 0
@@ -302,7 +312,7 @@ def test_all_speeds_by_default(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(cpu, "measure", lambda name, *rest: asked.append(name) or {})
     assert entry.main(["--out", str(tmp_path)]) == 0
-    assert asked == ["W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7"]
+    assert asked == ["W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7", "W9"]
 
 
 def test_sweep(tmp_path, capsys):
