@@ -19,10 +19,13 @@ from torch import Tensor, nn
 import libi_fast as lf
 from libi_fast import posterior
 from libi_fast.data import GaussianExample, LinearJTEx, wine
+from libi_fast.kernels import cpu as native
 from libi_fast.kernels.chains import reference
 from libi_fast.kernels.chains.reference import Settings
 from libi_fast.metrics.convergence import effective_sample_size
+from libi_fast.models.networks import recognise_model
 from libi_fast.ops import chains as op
+from libi_fast.ops import importance
 
 F64 = torch.float64
 CHAINS = ("hmc", "mala", "random-walk")
@@ -295,6 +298,26 @@ def test_arviz_agrees() -> None:
     assert np.allclose(arviz.rhat(data)["z"], found.r_hat, atol=1e-4)
     assert np.allclose(arviz.ess(data)["z"], found.effective_sample_size, rtol=1e-3)
     assert np.allclose(data.posterior["z"][1, 7, 2], found.z[2, 107])
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["cpu"] if native.available() else [])])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_operators_pass_opcheck(rows: int, backend: str) -> None:
+    """Schemas, and shapes and strides of fake tensors, of strided inputs too."""
+    model = curved().double()
+    x = model.sample(3, seed=1).detach()[None, :rows]
+    recognised = recognise_model(model, x)
+    assert recognised is not None
+    layers, parameters, variance = recognised
+    rest = ([p.detach() for p in parameters], variance, ",".join(layers.activations), list(layers.has_bias),
+            layers.likelihood, torch.tensor(5), torch.arange(1))  # fmt: skip
+    z, log_scale = torch.randn(1, rows, 2, 4, dtype=F64).mT, torch.zeros(1, rows, 2, dtype=F64)
+    step = torch.full((4, rows, 1), 0.3, dtype=F64).permute(2, 1, 0)
+    for settings in (Settings("hmc", 6, 2, 2), Settings("mala", 4, target=0.6), Settings("random-walk", 2, thinning=3)):
+        torch.library.opcheck(torch.ops.libi_fast.chains.default, (x, z, step, log_scale, *rest, *settings, backend))
+    *candidates, _ = importance.Settings(70, tail=5)
+    arguments = (x, z[:, :, 0], log_scale, *rest, *candidates, 9, backend)
+    torch.library.opcheck(torch.ops.libi_fast.resampling.default, arguments)
 
 
 # --- what goes wrong ---

@@ -63,10 +63,10 @@ def _narrow_only(x, z, step, log_scale, *rest):
 
 def _fake(x, z, step, log_scale, parameters, variance, activations, has_bias, likelihood, seed, replicas, method,
           transitions, leapfrogs, thinning, *settings):  # fmt: skip
-    kept = transitions // thinning
+    kept, shape = transitions // thinning, z.shape[:3]
     return (
-        z.new_empty((*z.shape[:3], kept, z.shape[3])), z.new_empty((*z.shape[:3], kept)), torch.empty_like(step),
-        torch.empty_like(step), torch.empty_like(step, dtype=torch.int64),
+        z.new_empty((*shape, kept, z.shape[3])), z.new_empty((*shape, kept)), z.new_empty(shape), z.new_empty(shape),
+        z.new_empty(shape, dtype=torch.int64),
     )  # fmt: skip
 
 
