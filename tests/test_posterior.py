@@ -267,6 +267,11 @@ def test_starts_and_first_scales_come_from_the_proposal() -> None:
         assert found.r_hat.max() < 1.05 and found.divergences.sum() == 0
     far = lf.sample_posterior(model, x, 4, "random-walk", proposal=(mean + 5, mean * 0 - 9), seed=2, warmup=0, step_size=1e-9)
     assert (far.z - mean[:, None] - 5).abs().max() < 0.01
+    torch.testing.assert_close(far.scale, torch.full_like(mean, math.exp(-9)))
+    spread = lf.sample_posterior(model, x, 4, "random-walk", full, seed=2, warmup=0, step_size=1e-9)
+    assert spread.scale is not None
+    off = (spread.scale / covariance.diagonal().sqrt()).log() * math.sqrt(2 * (posterior.SCALE_DRAWS - 1))
+    assert off.abs().max() < 4.5 and 0.8 < off.std() < 1.2  # of 60, in standard errors
 
 
 @pytest.mark.parametrize("out", [None, "z.npy"])
@@ -285,6 +290,17 @@ def test_model_keeps_its_mode_and_gradients() -> None:
     found = lf.sample_posterior(unknown(model), x, 4, seed=1, warmup=4)
     assert model.training and not found.z.requires_grad
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("likelihood", [lf.Gaussian(0.1), lf.Bernoulli()])
+def test_inference_mode(likelihood: lf.Likelihood) -> None:
+    """Gradients to codes are taken all the same, though x was made in it."""
+    model = unknown(lf.LatentVariableModel(lf.mlp(2, [10], 3), likelihood, 2))
+    x = torch.rand(2, 3)
+    expected = lf.sample_posterior(model, x, 8, seed=1, warmup=4)
+    with torch.inference_mode():
+        found = lf.sample_posterior(model, x + 0, 8, seed=1, warmup=4)
+    assert torch.equal(found.z, expected.z) and not found.z.is_inference()
 
 
 def test_arviz_agrees() -> None:
@@ -394,6 +410,7 @@ def test_resampling_warns_of_heavy_tails() -> None:
         ({"jitter": 1.0}, "jitter must lie in"),
         ({"jitter": -0.1}, "jitter must lie in"),
         ({"method": "sir", "num_candidates": 0}, "num_candidates must be at least 1"),
+        ({"method": "sir", "num_candidates": 2**32}, "num_candidates must lie in"),
         ({"method": "sir", "variance_inflation": 0.0}, "variance_inflation must be positive"),
         ({"seed": 2**64}, "seed must lie in"),
         ({"first_row": 2**32}, "first_row must lie in"),
@@ -422,7 +439,7 @@ def test_settings_of_chains_are_checked() -> None:
 
 WRONG: list[dict[str, Any]] = [
     {"x": torch.zeros(2, 3, dtype=F64)}, {"x": "data"}, {"chains": 2.0}, {"step_size": "big"}, {"model": nn.Linear(2, 3)},
-    {"out": 3},
+    {"out": 3}, {"jitter": "half"}, {"jitter": None},
 ]  # fmt: skip
 
 

@@ -90,6 +90,8 @@ def check_settings(settings: Settings, latent_dim: int) -> None:
     lib.check_index("transitions", settings.transitions, random.INDEX_LIMIT)
     lib.check_index("first_row", settings.first_row, random.INDEX_LIMIT)
     lib.check_count("first_transition", settings.first_transition, 0)
+    if isinstance(settings.jitter, bool) or not isinstance(settings.jitter, int | float):
+        raise TypeError(f"jitter must be a number, got {type(settings.jitter).__name__}")
     if not 0 <= settings.jitter < 1:
         raise InputError(f"jitter must lie in [0, 1), got {settings.jitter}")
     if not 0 <= settings.target < 1:
