@@ -34,10 +34,10 @@ SMOOTHED = 40  # step sizes are averaged over a window of temperatures of one pa
 class AnnealedLogLikelihood(NamedTuple):
     """Estimates for each of N rows.
 
-    log_likelihood: log of the mean weight [N], whose expectation is at most log p(x); standard_error: of it [N] (delta method over
-    chains), in nats; log_weights: of each chain [N, C]; acceptance_rate: [N], mean acceptance probability; z: where the chains
-    end [N, C, L], draws from p(z | x) once weighted; step_size: of each transition [N, T], in units of the proposal's standard
-    deviations.
+    log_likelihood: log of the mean weight [N], whose expectation is at most log p(x); standard_error: of it [N] (delta method
+    over chains), in nats; log_weights: of each chain [N, C]; acceptance_rate: [N], mean acceptance probability; z: where the
+    chains end [N, C, L], draws from p(z | x) once weighted; step_size: of each transition [N, T], in units of the proposal's
+    standard deviations.
     """
 
     log_likelihood: Tensor
@@ -51,9 +51,9 @@ class AnnealedLogLikelihood(NamedTuple):
 class BidirectionalGap(NamedTuple):
     """Bounds on log p(x) of N rows, and the data they are of.
 
-    x [N, D] with z [N, L], exact draws from p(z | x); lower and upper [N]: their expectations are at most and at least log p(x);
-    lower_error, upper_error: standard errors [N] (delta method over chains; the reverse chains of a row share their z, so that
-    upper's is too small for one row alone); gap: upper - lower [N].
+    x [N, D] with z [N, L], exact draws from p(z | x); lower and upper [N]: their expectations are at most and at least
+    log p(x); lower_error, upper_error: standard errors [N] (delta method over chains; the reverse chains of a row share their
+    z, so that upper's is too small for one row alone); gap: upper - lower [N].
     """
 
     x: Tensor
@@ -220,8 +220,8 @@ def annealed_log_likelihood(
     backend: str | None = None,
     progress: bool = False,
 ) -> AnnealedLogLikelihood:
-    """log p(x) of every row by annealed importance sampling: chains pass from the proposal to the posterior in many small steps,
-    and their weights are unbiased for p(x). The estimate is low by about half the square of its standard error, and never high
+    """log p(x) of every row by annealed importance sampling: chains pass from the proposal to the posterior in many small
+    steps, and their weights are unbiased for p(x). The estimate is low by about half the square of its standard error, and never high
     but by chance; :func:`bidirectional_gap` says how low, on data of the model's own.
 
     Chains of a recognised decoder run whole in one C++ kernel; any other decoder runs in batched torch. Memory does not grow
@@ -229,14 +229,14 @@ def annealed_log_likelihood(
 
     Args:
         x: [N, D] (or [N, ...], flattened), the model's dtype and device.
-        proposal: where chains begin: a ``MeanFieldGaussian``, its q(x), a (mean, log_std) pair of [N, L], a torch ``Normal``, or
-            None for the prior. Its standard deviations are the scales of the transitions.
+        proposal: where chains begin: a ``MeanFieldGaussian``, its q(x), a (mean, log_std) pair of [N, L], a torch ``Normal``,
+            or None for the prior. Its standard deviations are the scales of the transitions.
         chains: C, of each row. temperatures: T, or the inverse temperatures themselves, [T + 1], rising from 0 to 1.
         leapfrogs: of the one HMC transition at each temperature.
         seed: 0 .. 2^64 - 1, an int64 tensor, or None for torch's generator. first_row: global index of x[0], so that a shard
             draws what the whole would.
-        target_acceptance: what two pilot runs of at most 8 chains adapt the step sizes to, of each row and temperature; they are
-            frozen before the counted run. step_size: where adaptation starts, in units of the scales.
+        target_acceptance: what two pilot runs of at most 8 chains adapt the step sizes to, of each row and temperature; they
+            are frozen before the counted run. step_size: where adaptation starts, in units of the scales.
         jitter: each transition's step size is multiplied by a uniform number in 1 -+ jitter, so that no path is periodic.
         progress: a bar over blocks of rows.
 
@@ -247,8 +247,8 @@ def annealed_log_likelihood(
         DivergenceWarning: chains that started where log p(x, z) is not a number; they count as of no weight.
 
     Raises:
-        InputError: shapes that do not fit, NaN or infinity in x (the row is named), sizes below 1, temperatures that do not rise
-        from 0 to 1, an unknown name. TypeError: wrong types or dtypes.
+        InputError: shapes that do not fit, NaN or infinity in x (the row is named), sizes below 1, temperatures that do not
+        rise from 0 to 1, an unknown name. TypeError: wrong types or dtypes.
 
     Source:
         Neal 2001; Wu, Burda, Salakhutdinov & Grosse 2017 (decoders, spacing of the temperatures).

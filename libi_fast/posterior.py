@@ -336,6 +336,8 @@ def sample_posterior(
         Neal 2011; Hoffman & Gelman 2014 (dual averaging); Vehtari et al. 2021 (R-hat, effective sample size).
     """
     x = check_rows(model, x)
+    with torch.inference_mode(False):
+        x = x.clone() if x.is_inference() else x  # else it could not be saved for the codes' gradients
     model.check(x)
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
@@ -348,6 +350,7 @@ def sample_posterior(
     key, backend = random.as_seed(seed, x.device), lib.current_backend(backend)
     if method == "sir":
         lib.check_count("num_candidates", num_candidates, 1)
+        lib.check_index("num_candidates", num_candidates, random.INDEX_LIMIT)
         lib.check_positive("variance_inflation", variance_inflation)
         if isinstance(q, MeanField):
             q = q._replace(log_std=q.log_std + 0.5 * math.log(variance_inflation))
@@ -362,7 +365,7 @@ def sample_posterior(
             model, x, q, key, num_samples, method, chains, warmup, leapfrogs, thinning, step_size, target_acceptance, jitter,
             first_row, backend,
         )  # fmt: skip
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.inference_mode(False), torch.no_grad(), evaluation_mode(model):
         samples = _collect(sampler, num_samples, out, progress)
     _warn(samples, num_candidates)
     return samples

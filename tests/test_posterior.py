@@ -19,11 +19,14 @@ from torch import Tensor, nn
 import libi_fast as lf
 from libi_fast import posterior
 from libi_fast.data import GaussianExample, LinearJTEx, wine
+from libi_fast.kernels import cpu as native
 from libi_fast.kernels.chains import reference
 from libi_fast.kernels.chains.reference import Settings
 from libi_fast.metrics.convergence import effective_sample_size
 from libi_fast.models.laplace import log_joint_and_gradient
+from libi_fast.models.networks import recognise_model
 from libi_fast.ops import chains as op
+from libi_fast.ops import importance
 
 F64 = torch.float64
 CHAINS = ("hmc", "mala", "random-walk")
@@ -261,6 +264,11 @@ def test_starts_and_first_scales_come_from_the_proposal() -> None:
         assert found.r_hat.max() < 1.05 and found.divergences.sum() == 0
     far = lf.sample_posterior(model, x, 4, "random-walk", proposal=(mean + 5, mean * 0 - 9), seed=2, warmup=0, step_size=1e-9)
     assert (far.z - mean[:, None] - 5).abs().max() < 0.01
+    torch.testing.assert_close(far.scale, torch.full_like(mean, math.exp(-9)))
+    spread = lf.sample_posterior(model, x, 4, "random-walk", full, seed=2, warmup=0, step_size=1e-9)
+    assert spread.scale is not None
+    off = (spread.scale / covariance.diagonal().sqrt()).log() * math.sqrt(2 * (posterior.SCALE_DRAWS - 1))
+    assert off.abs().max() < 4.5 and 0.8 < off.std() < 1.2  # of 60, in standard errors
 
 
 @pytest.mark.parametrize("out", [None, "z.npy"])
@@ -281,6 +289,17 @@ def test_model_keeps_its_mode_and_gradients() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("likelihood", [lf.Gaussian(0.1), lf.Bernoulli()])
+def test_inference_mode(likelihood: lf.Likelihood) -> None:
+    """Gradients to codes are taken all the same, though x was made in it."""
+    model = unknown(lf.LatentVariableModel(lf.mlp(2, [10], 3), likelihood, 2))
+    x = torch.rand(2, 3)
+    expected = lf.sample_posterior(model, x, 8, seed=1, warmup=4)
+    with torch.inference_mode():
+        found = lf.sample_posterior(model, x + 0, 8, seed=1, warmup=4)
+    assert torch.equal(found.z, expected.z) and not found.z.is_inference()
+
+
 def test_arviz_agrees() -> None:
     arviz = pytest.importorskip("arviz")
     model = curved()
@@ -292,6 +311,26 @@ def test_arviz_agrees() -> None:
     assert np.allclose(arviz.rhat(data)["z"], found.r_hat, atol=1e-4)
     assert np.allclose(arviz.ess(data)["z"], found.effective_sample_size, rtol=1e-3)
     assert np.allclose(data.posterior["z"][1, 7, 2], found.z[2, 107])
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["cpu"] if native.available() else [])])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_operators_pass_opcheck(rows: int, backend: str) -> None:
+    """Schemas, and shapes and strides of fake tensors, of strided inputs too."""
+    model = curved().double()
+    x = model.sample(3, seed=1).detach()[None, :rows]
+    recognised = recognise_model(model, x)
+    assert recognised is not None
+    layers, parameters, variance = recognised
+    rest = ([p.detach() for p in parameters], variance, ",".join(layers.activations), list(layers.has_bias),
+            layers.likelihood, torch.tensor(5), torch.arange(1))  # fmt: skip
+    z, log_scale = torch.randn(1, rows, 2, 4, dtype=F64).mT, torch.zeros(1, rows, 2, dtype=F64)
+    step = torch.full((4, rows, 1), 0.3, dtype=F64).permute(2, 1, 0)
+    for settings in (Settings("hmc", 6, 2, 2), Settings("mala", 4, target=0.6), Settings("random-walk", 2, thinning=3)):
+        torch.library.opcheck(torch.ops.libi_fast.chains.default, (x, z, step, log_scale, *rest, *settings, backend))
+    *candidates, _ = importance.Settings(70, tail=5)
+    arguments = (x, z[:, :, 0], log_scale, *rest, *candidates, 9, backend)
+    torch.library.opcheck(torch.ops.libi_fast.resampling.default, arguments)
 
 
 # --- what goes wrong ---
@@ -368,6 +407,7 @@ def test_resampling_warns_of_heavy_tails() -> None:
         ({"jitter": 1.0}, "jitter must lie in"),
         ({"jitter": -0.1}, "jitter must lie in"),
         ({"method": "sir", "num_candidates": 0}, "num_candidates must be at least 1"),
+        ({"method": "sir", "num_candidates": 2**32}, "num_candidates must lie in"),
         ({"method": "sir", "variance_inflation": 0.0}, "variance_inflation must be positive"),
         ({"seed": 2**64}, "seed must lie in"),
         ({"first_row": 2**32}, "first_row must lie in"),
@@ -396,7 +436,7 @@ def test_settings_of_chains_are_checked() -> None:
 
 WRONG: list[dict[str, Any]] = [
     {"x": torch.zeros(2, 3, dtype=F64)}, {"x": "data"}, {"chains": 2.0}, {"step_size": "big"}, {"model": nn.Linear(2, 3)},
-    {"out": 3},
+    {"out": 3}, {"jitter": "half"}, {"jitter": None},
 ]  # fmt: skip
 
 

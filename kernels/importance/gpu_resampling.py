@@ -244,7 +244,8 @@ def forward_and_resample(
             gpu.launch(
                 choose_kernel, (replicas * height,), draws.seed, draws.replicas, mean, log_scale, weights,
                 uniforms(rows).contiguous(), cumulated, pivots, centres, z, log_density, *counts, count,
-                num_samples.bit_length(), latents, STEP=STEP, DRAWS=DRAWS, LATENTS=triton.next_power_of_2(latents), num_warps=4, **limit,
+                num_samples.bit_length(), latents, STEP=STEP, DRAWS=DRAWS, LATENTS=triton.next_power_of_2(latents),
+                num_warps=4, **limit,
             )  # fmt: skip
             if latents > WIDEST:
                 moments = wide_moments(*here, own, weights, pivots, centres)

@@ -93,8 +93,8 @@ def check_settings(settings: Settings, temperatures: int, latent_dim: int) -> No
     last = settings.first_transition + temperatures
     if last > random.INDEX_LIMIT or last * latent_dim > 4 * random.INDEX_LIMIT:
         raise InputError(
-            f"the transitions of all runs, {last}, are past 2^32, or times {latent_dim} latents past 2^34: that does not fit the "
-            "random numbers' counter; ask for fewer temperatures"
+            f"the transitions of all runs, {last}, are past 2^32, or times {latent_dim} latents past 2^34: that does not fit "
+            "the random numbers' counter; ask for fewer temperatures"
         )
 
 

@@ -63,10 +63,10 @@ def _narrow_only(x, z, step, log_scale, *rest):
 
 def _fake(x, z, step, log_scale, parameters, variance, activations, has_bias, likelihood, seed, replicas, method,
           transitions, leapfrogs, thinning, *settings):  # fmt: skip
-    kept = transitions // thinning
+    kept, shape = transitions // thinning, z.shape[:3]
     return (
-        z.new_empty((*z.shape[:3], kept, z.shape[3])), z.new_empty((*z.shape[:3], kept)), torch.empty_like(step),
-        torch.empty_like(step), torch.empty_like(step, dtype=torch.int64),
+        z.new_empty((*shape, kept, z.shape[3])), z.new_empty((*shape, kept)), z.new_empty(shape), z.new_empty(shape),
+        z.new_empty(shape, dtype=torch.int64),
     )  # fmt: skip
 
 
@@ -90,6 +90,8 @@ def check_settings(settings: Settings, latent_dim: int) -> None:
     lib.check_index("transitions", settings.transitions, random.INDEX_LIMIT)
     lib.check_index("first_row", settings.first_row, random.INDEX_LIMIT)
     lib.check_count("first_transition", settings.first_transition, 0)
+    if isinstance(settings.jitter, bool) or not isinstance(settings.jitter, int | float):
+        raise TypeError(f"jitter must be a number, got {type(settings.jitter).__name__}")
     if not 0 <= settings.jitter < 1:
         raise InputError(f"jitter must lie in [0, 1), got {settings.jitter}")
     if not 0 <= settings.target < 1:

@@ -460,7 +460,7 @@ void expect_same(const char* what, const void* a, const void* b, int64_t count) 
 // Its sums are those of the importance kernel.
 template <class T>
 void resampling(Case& c) {
-    Problem p = problem<T>(c, 2100, 70);
+    Problem p = problem<T>(c, c.one_in(4) ? 40'000 : 2100, 70);  // of several parts
     Resampling call{};
     add_results<T>(c, p);
     call.draws = c.size(c.one_in(8) ? 2100 : 140), call.stream = c.one_of<int64_t>({0, 3, 255});
