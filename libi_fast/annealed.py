@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class _Annealing:
         found = list(blocks(len(self.x), max(1, VALUES_AT_ONCE // self.a_row))) or [slice(0, 0)]
         return tqdm(found, desc="annealing", disable=not progress)
 
-    def run(self, rows: slice, z: Tensor, betas: Tensor, step: Tensor, number: int, **settings: float) -> op.Result:
+    def run(self, rows: slice, z: Tensor, betas: Tensor, step: Tensor, number: int, **settings: Any) -> op.Result:
         """The call's run of this number, pilots first: z [n, C, L], step [n, T]; results without the replica dimension."""
         model, x, replicas = self.model, self.x[rows], random.as_replicas(None, self.x.device)
         start = self.settings._replace(
@@ -137,7 +138,7 @@ class _Annealing:
             z = self.start(rows, chains, number)
             found = self.run(rows, z, self.betas, step, number, rate=RATE, target=self.target)
             # One chain after another: the order of a sum must not depend on the rows beside it.
-            log_step = sum(chain.log() for chain in found.steps.unbind(1)) / chains
+            log_step = functools.reduce(torch.add, found.steps.log().unbind(1)) / chains
             step = F.avg_pool1d(log_step[:, None], 2 * width + 1, 1, width, count_include_pad=False)[:, 0].exp()
         return step
 
@@ -221,8 +222,8 @@ def annealed_log_likelihood(
     progress: bool = False,
 ) -> AnnealedLogLikelihood:
     """log p(x) of every row by annealed importance sampling: chains pass from the proposal to the posterior in many small
-    steps, and their weights are unbiased for p(x). The estimate is low by about half the square of its standard error, and never high
-    but by chance; :func:`bidirectional_gap` says how low, on data of the model's own.
+    steps, and their weights are unbiased for p(x). The estimate is low by about half the square of its standard error, and never
+    high but by chance; :func:`bidirectional_gap` says how low, on data of the model's own.
 
     Chains of a recognised decoder run whole in one C++ kernel; any other decoder runs in batched torch. Memory does not grow
     with the number of rows beyond the results: rows go in blocks.

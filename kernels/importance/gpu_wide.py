@@ -463,8 +463,9 @@ def forward(
     replicas, n, _ = mean.shape
     log_likelihood, effective = mean.new_empty((replicas, n)), mean.new_empty((replicas, n))
     for part in groups(decoder, replicas, precision, False) if n else []:
-        arguments = replicas_of(part, x, mean, log_scale, decoder, draws, log_likelihood, effective)
-        _forward(*arguments, num_samples, precision, keep and functools.partial(keep, part))
+        results = log_likelihood, effective
+        arguments = replicas_of(part, x, mean, log_scale, decoder, draws, *results, num_samples, precision)
+        _forward(*arguments, keep=keep and functools.partial(keep, part))
     return log_likelihood, effective
 
 
