@@ -29,6 +29,7 @@ class Stream(IntEnum):
     FREQUENCIES = 8
     CONSTRAINTS = 9
     MIXTURE = 10  # which component of a mixture a sample comes from
+    SIMULATION = 11  # pairs of code and data that an inference model learns from
 
 
 INDEX_LIMIT = 2**32
