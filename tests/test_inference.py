@@ -14,17 +14,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import libi_fast as lf
 from libi_fast.models.proposals import FullCovariance
+from libi_fast.training.distributed import Rows
 from libi_fast.training.inference import keep_draws
 from libi_fast.training.objectives import elbo_terms
 from libi_fast.training.replicas import Replicas, make_system
-from libi_fast.training.distributed import Rows
 
 F64 = torch.float64
 KINDS = ("mean-field", "full-covariance", "mixture")
 COMPONENTS = 3
 
 
-def inference(kind: str, columns: int = 3, latent_dim: int = 2, hidden: tuple[int, ...] = (6,), dtype=F64) -> lf.MeanFieldGaussian:
+def inference(
+    kind: str, columns: int = 3, latent_dim: int = 2, hidden: tuple[int, ...] = (6,), dtype=F64
+) -> lf.MeanFieldGaussian:
     full = latent_dim * (latent_dim + 3) // 2
     width = {"mean-field": 2 * latent_dim, "full-covariance": full, "mixture": COMPONENTS * (1 + full)}[kind]
     network = lf.mlp(columns, hidden, width).to(dtype)

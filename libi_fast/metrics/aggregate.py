@@ -96,7 +96,9 @@ def _checked_mean(q: Any) -> Tensor:
 
 
 @torch.no_grad()
-def aggregated_posterior(q: MeanField | Proposal, *, samples_per_row: int = 1, seed: int | Tensor | None = 0) -> AggregatedPosterior:
+def aggregated_posterior(
+    q: MeanField | Proposal, *, samples_per_row: int = 1, seed: int | Tensor | None = 0
+) -> AggregatedPosterior:
     """Compare z ~ (1/N) sum_n q(z | x_n) with the prior N(0, I).
 
     The statistics are taken in float64. Henze-Zirkler is exact up to 4096 draws, past that by quadrature for L <= 3 and at 1024

@@ -24,13 +24,12 @@ from libi_fast.training.batches import Batches
 from libi_fast.training.distributed import Rows
 from libi_fast.training.method import Method, elbo_at_start
 from libi_fast.training.objectives import elbo_terms, importance_terms, posterior_terms, simulated_terms
-from libi_fast.training.options import FitOptions
 from libi_fast.training.replicas import Replicas
 from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Phase, Run, Stage, Terms, total
 from libi_fast.training.start import copy_encoder, start_std
 
 OBJECTIVES = ("elbo", "importance", "posterior", "elbo+posterior")
-SAMPLERS = ("simulated", "hmc", "sir")
+SAMPLERS = ("simulated", "sir", "hmc", "simulated+sir", "simulated+hmc")
 PAIRS = 1024  # simulated ones of a step, at least
 KEPT = 64  # posterior draws of a row
 A_STEP = 8  # of which a step takes so many
@@ -62,13 +61,14 @@ def inference_stages(
     run: Run, epochs: int, objective: str, sampler: str, importance_samples: int = 8, kept: int = KEPT,
     start: Callable[[Run, Callable[[], Tensor]], None] | None = None,
 ) -> list[Stage]:  # fmt: skip
-    """Train "inference." by one of OBJECTIVES over so many epochs. ``start(run, value)`` sets q up, where ``value()`` is what is
-    to be minimised."""
+    """Train "inference." by one of OBJECTIVES over so many epochs. ``start(run, value)`` sets q up; ``value()`` is to be
+    minimised."""
     first = epochs // 2 if objective == "elbo+posterior" else epochs
     stages: list[Stage] = []
-    drawn = sampler != "simulated"
+    chosen = sampler.split("+")
+    drawn = chosen[-1] if chosen[-1] != "simulated" else ""
     if objective == "posterior" and drawn:
-        stages += [lambda run: keep_draws(run, sampler, kept)]
+        stages += [lambda run: keep_draws(run, drawn, kept)]
 
     def bound(rows: Rows, samples: int, step: int) -> Terms:
         if objective == "importance":
@@ -76,14 +76,12 @@ def inference_stages(
         return elbo_terms(run.replicas, rows, run.noise(rows, samples, step))
 
     def likelihood(rows: Rows, step: int) -> Terms:
-        if not drawn:
-            return simulated_terms(run, max(PAIRS, rows.total), rows, step)
-        if step == VALIDATION_DRAWS:
-            return posterior_terms(run.replicas, rows, run.replicas.own["held-out draws"])
-        z = run.replicas.own["draws"]
-        where = slice(rows.first, rows.first + rows.values.shape[-2]) if rows.places is None else rows.places
-        number = (A_STEP * step + torch.arange(min(A_STEP, z.shape[2]))) % z.shape[2]
-        return posterior_terms(run.replicas, rows, z[:, where][:, :, number])
+        terms: Terms = {}
+        if "simulated" in chosen:
+            terms |= simulated_terms(run, max(PAIRS, rows.total), rows, step)
+        if drawn:
+            terms |= posterior_terms(run.replicas, rows, draws_of(run, rows, step))
+        return {name: term / len(chosen) for name, term in terms.items()}
 
     @torch.no_grad()
     def at_start() -> Tensor:
@@ -101,7 +99,7 @@ def inference_stages(
             )
         ]  # fmt: skip
     if objective == "elbo+posterior" and drawn:
-        stages += [lambda run: keep_draws(run, sampler, kept)]
+        stages += [lambda run: keep_draws(run, drawn, kept)]
     if "posterior" in objective:
         name = "step 2" if objective == "posterior" else "step 2, posterior"
         stages += [
@@ -113,6 +111,16 @@ def inference_stages(
     if "posterior" in objective and drawn:
         stages += [forget_draws]
     return stages
+
+
+def draws_of(run: Run, rows: Rows, step: int) -> Tensor:
+    """Some of the draws that are kept of these rows, others in every step, [R, n, s, L]; of held-out rows all."""
+    if step == VALIDATION_DRAWS:
+        return run.replicas.own["held-out draws"]
+    z = run.replicas.own["draws"]
+    where = slice(rows.first, rows.first + rows.values.shape[-2]) if rows.places is None else rows.places
+    number = (A_STEP * step + torch.arange(min(A_STEP, z.shape[2]))) % z.shape[2]
+    return z[:, where][:, :, number]
 
 
 @torch.no_grad()

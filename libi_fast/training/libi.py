@@ -72,7 +72,8 @@ class LiBI(Method):
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
         candidates: int = 4, initial_std: float | None = None, step1: str = "joint", step2: str = "elbo",
-        sampler: str = "simulated", num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact", hz_beta: float | None = None,
+        sampler: str = "simulated", num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
+        hz_beta: float | None = None,
     ):  # fmt: skip
         for label, value in {
             "hz_weight": hz_weight,

@@ -43,7 +43,7 @@ def simulated_terms(run: Run, pairs: int, rows: Rows, repetition: int) -> Terms:
     noise = draw(run.seed, count, rows.values.shape[-1], stream=stream + 16, **own)
     with torch.no_grad():
         x = replicas("simulate", z, noise)
-    return {"posterior": -replicas.log_q(x, z[:, :, None])[..., 0].sum(-1) / pairs}
+    return {"simulated": -replicas.log_q(x, z[:, :, None])[..., 0].sum(-1) / pairs}
 
 
 def posterior_terms(replicas: Replicas, rows: Rows, z: Tensor) -> Terms:

@@ -57,8 +57,9 @@ class System(nn.Module):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of a mean-field q."""
-        mean, log_std = self.q(x)
-        return mean, log_std
+        q = self.q(x)
+        assert isinstance(q, MeanField)
+        return q.mean, q.log_std
 
     def log_q(self, x: Tensor, z: Tensor) -> Tensor:
         """log q(z | x) of codes z [N, S, L], [N, S]."""
@@ -68,6 +69,7 @@ class System(nn.Module):
         """E_q log p(x | z) and KL[q || prior] of a q that is not mean-field, [N] each: in closed form where there is one, else
         by draws from noise [N, S, L]. All components take the same noise, so that their weights are differentiated exactly."""
         q = self.q(x)
+        assert not isinstance(q, MeanField)
         linear = is_linear_gaussian(self.model)
         reconstruction = kl = torch.zeros_like(x[:, 0])
         for k in range(q.components):

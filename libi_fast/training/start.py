@@ -135,7 +135,7 @@ def start_std(replicas: Replicas, objective: Callable[[], Tensor], initial_std: 
 
 @torch.no_grad()
 def copy_encoder(replicas: Replicas, latent_dim: int) -> None:
-    """Start the inference network from the encoder: the same layers, the last one's first L rows as the mean, of every component.
+    """Start the inference network from the encoder: the same layers, the last one's first L rows as every component's mean.
 
     Raises:
         InputError: the two architectures differ.
