@@ -39,7 +39,7 @@ from libi_fast.ops.random import Stream, philox_normal, philox_uniform
 from libi_fast.ops.smooth_knn import smooth_knn
 from libi_fast.posterior import PosteriorSamples, sample_posterior
 from libi_fast.runs import load
-from libi_fast.training import IWAE, METHODS, VAE, LaggingVAE, LiBI, Method, fit_grid
+from libi_fast.training import IWAE, METHODS, VAE, LaggingVAE, LiBI, Method, fit_grid, fit_inference
 from libi_fast.training.constraints import Constraint, MutualInformation
 
 __all__ = [
@@ -87,6 +87,7 @@ __all__ = [
     "exact_mutual_information",
     "exact_posterior",
     "fit_grid",
+    "fit_inference",
     "henze_zirkler",
     "laplace_mixture",
     "laplace_proposal",

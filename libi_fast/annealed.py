@@ -222,8 +222,8 @@ def annealed_log_likelihood(
     progress: bool = False,
 ) -> AnnealedLogLikelihood:
     """log p(x) of every row by annealed importance sampling: chains pass from the proposal to the posterior in many small
-    steps, and their weights are unbiased for p(x). The estimate is low by about half the square of its standard error, and never
-    high but by chance; :func:`bidirectional_gap` says how low, on data of the model's own.
+    steps, and their weights are unbiased for p(x). The estimate is low by about half the square of its standard error, and
+    never high but by chance; :func:`bidirectional_gap` says how low, on data of the model's own.
 
     Chains of a recognised decoder run whole in one C++ kernel; any other decoder runs in batched torch. Memory does not grow
     with the number of rows beyond the results: rows go in blocks.

@@ -158,13 +158,15 @@ def _encode(options: argparse.Namespace) -> None:
     import torch
 
     from libi_fast import data
+    from libi_fast.models.model import MeanField
 
     data.check_output(options.out, force=options.force)
     method, columns = _load_run(options.run_folder)
     with torch.no_grad():
         q = method.posterior(_read_rows(options, columns, method))
-    names = [f"z{i + 1}" for i in range(q.mean.shape[1])]
-    values = torch.cat([q.mean, q.log_std.exp()], 1)
+    mean, deviation = (q.mean, q.log_std.exp()) if isinstance(q, MeanField) else (q.expectation(), q.standard_deviations())
+    names = [f"z{i + 1}" for i in range(mean.shape[1])]
+    values = torch.cat([mean, deviation], 1)
     data.save_table(options.out, values, [*names, *(f"{name}_sd" for name in names)], force=options.force)
 
 
@@ -406,7 +408,8 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--mean-tolerance", type=float, help="libi: of the codes' mean")
     training.add_argument("--repeats", type=_whole(1), help="libi: repetitions of steps 1 to 3")
     training.add_argument("--step1", choices=("joint", "importance", "quadrature"), help="libi: what step 1 maximises")
-    training.add_argument("--step2", choices=("elbo", "importance"), help="libi: what step 2 maximises")
+    steps = ("elbo", "importance", "posterior", "elbo+posterior")
+    training.add_argument("--step2", choices=steps, help="libi: what step 2 maximises")
     training.add_argument("--mutual-information", type=_positive, metavar="NATS", help="libi: I(X;Z) is to be at least this")
     training.add_argument("--beta", type=float, help="beta-vae (default 4), vae, annealing, lagging (1): weight of the KL term")
     training.add_argument("--segments", type=_whole(1), help="lagging: segments in which phi alone learns first")

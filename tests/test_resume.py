@@ -31,6 +31,10 @@ def system(dropout=False):
     return model, lf.MeanFieldGaussian(network)
 
 
+def system_of_mixture():
+    return system()[0], lf.MixtureGaussian(lf.mlp(3, [5], 12), 2)
+
+
 def loader():
     rows = TensorDataset(ROWS)
     return DataLoader(rows, 20, shuffle=True, generator=torch.Generator().manual_seed(5))
@@ -46,6 +50,10 @@ CASES = {
     "vae, early stopping, tolerance": (
         lambda: lf.VAE(*system(), warm_up=5),
         {"epochs": 60, "early_stopping": True, "tolerance": 0.02, "patience": 5},
+    ),
+    "libi, a mixture by posterior draws": (
+        lambda: lf.LiBI(*system_of_mixture(), step2="elbo+posterior", sampler="hmc", repeats=2, warm_up=3),
+        {"epochs": 54, "restarts": 2, "batch_size": 17},
     ),
     "iwae, a loader": (lambda: lf.IWAE(*system()), {"epochs": 30, "train": loader}),
 }

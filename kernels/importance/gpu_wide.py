@@ -463,9 +463,9 @@ def forward(
     replicas, n, _ = mean.shape
     log_likelihood, effective = mean.new_empty((replicas, n)), mean.new_empty((replicas, n))
     for part in groups(decoder, replicas, precision, False) if n else []:
+        kept = keep and functools.partial(keep, part)
         results = log_likelihood, effective
-        arguments = replicas_of(part, x, mean, log_scale, decoder, draws, *results, num_samples, precision)
-        _forward(*arguments, keep=keep and functools.partial(keep, part))
+        _forward(*replicas_of(part, x, mean, log_scale, decoder, draws, *results, num_samples, precision, kept))
     return log_likelihood, effective
 
 

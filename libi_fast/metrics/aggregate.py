@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch import Tensor
 from libi_fast.errors import InputError
 from libi_fast.metrics.energy import energy_distance
 from libi_fast.models.model import MeanField
+from libi_fast.models.proposals import Proposal
 from libi_fast.ops import _library as lib
 from libi_fast.ops.henze_zirkler import LARGEST_QUADRATURE, henze_zirkler, null_quantile
-from libi_fast.ops.random import Stream, philox_normal
+from libi_fast.ops.random import Stream, as_seed, philox_normal, philox_uniform
 from libi_fast.training.constraints import moment_errors
 
 LEVEL = 0.95
@@ -79,8 +80,25 @@ def energy_distance_quantile(n: int, dimensions: int) -> float:
     return float(distances.quantile(LEVEL)) * size / n
 
 
+def _checked_mean(q: Any) -> Tensor:
+    """The mean of a (mean, log_std) pair."""
+    if not isinstance(q, tuple) or len(q) != 2:
+        raise TypeError(f"q must be a MeanField (mean, log_std) or a Proposal, got {type(q).__name__}")
+    mean, log_std = q
+    lib.check_tensor("q.mean", mean)
+    lib.check_tensor("q.log_std", log_std)
+    lib.check_like("q.log_std", log_std, "q.mean", mean)
+    if mean.dim() != 2 or mean.shape != log_std.shape or not mean.shape[1]:
+        raise InputError(f"q must hold mean and log_std [N, L], got {tuple(mean.shape)} and {tuple(log_std.shape)}")
+    lib.check_finite("q.mean", mean)
+    lib.check_finite("q.log_std", log_std)
+    return mean
+
+
 @torch.no_grad()
-def aggregated_posterior(q: MeanField, *, samples_per_row: int = 1, seed: int | Tensor | None = 0) -> AggregatedPosterior:
+def aggregated_posterior(
+    q: MeanField | Proposal, *, samples_per_row: int = 1, seed: int | Tensor | None = 0
+) -> AggregatedPosterior:
     """Compare z ~ (1/N) sum_n q(z | x_n) with the prior N(0, I).
 
     The statistics are taken in float64. Henze-Zirkler is exact up to 4096 draws, past that by quadrature for L <= 3 and at 1024
@@ -90,7 +108,8 @@ def aggregated_posterior(q: MeanField, *, samples_per_row: int = 1, seed: int | 
     remembered. They take draws for independent: rows that cover the prior evenly stay below them more often.
 
     Args:
-        q: mean and log standard deviation [N, L] of each row's Gaussian, float32 or float64, such as ``inference(x)``.
+        q: mean and log standard deviation [N, L] of each row's Gaussian, float32 or float64, or a :class:`libi_fast.Proposal`,
+            such as ``inference(x)``.
         samples_per_row: draws of each row, S; n = N S.
         seed: of the draws, 0 .. 2^64 - 1, an int64 tensor [], or None for one number from torch's default generator.
 
@@ -104,26 +123,28 @@ def aggregated_posterior(q: MeanField, *, samples_per_row: int = 1, seed: int | 
     Source:
         Hoffman & Johnson 2016 (the aggregated posterior); Henze & Zirkler 1990; Szekely & Rizzo 2013.
     """
-    if not isinstance(q, tuple) or len(q) != 2:
-        raise TypeError(f"q must be a MeanField (mean, log_std), got {type(q).__name__}")
-    mean, log_std = q
-    lib.check_tensor("q.mean", mean)
-    lib.check_tensor("q.log_std", log_std)
-    lib.check_like("q.log_std", log_std, "q.mean", mean)
-    if mean.dim() != 2 or mean.shape != log_std.shape or not mean.shape[1]:
-        raise InputError(f"q must hold mean and log_std [N, L], got {tuple(mean.shape)} and {tuple(log_std.shape)}")
-    lib.check_finite("q.mean", mean)
-    lib.check_finite("q.log_std", log_std)
+    if isinstance(q, Proposal):
+        mean = q.expectation()
+        for name, value in q.tensors().items():
+            lib.check_finite(f"q.{name}", value)
+    else:
+        mean = _checked_mean(q)
     lib.check_index("samples_per_row", samples_per_row, 2**32)
     rows, dimensions = mean.shape
     n = rows * samples_per_row
     if samples_per_row < 1 or n < 2:
         raise InputError(f"at least 1 draw a row and 2 in all are needed, got samples_per_row={samples_per_row}, N={rows}")
 
+    seed = as_seed(seed, mean.device)
     noise = philox_normal(
         seed, rows, samples_per_row * dimensions, stream=Stream.PROPOSAL, dtype=mean.dtype, device=mean.device
     )
-    z = (mean[:, None] + log_std.exp()[:, None] * noise.unflatten(1, (samples_per_row, dimensions))).flatten(0, 1)
+    noise = noise.unflatten(1, (samples_per_row, dimensions))
+    if isinstance(q, Proposal):
+        uniform = philox_uniform(seed, rows, samples_per_row, stream=Stream.MIXTURE, dtype=mean.dtype, device=mean.device)
+        z = q.draw(noise, uniform).flatten(0, 1)
+    else:
+        z = (mean[:, None] + q[1].exp()[:, None] * noise).flatten(0, 1)
     points = z.double()
     off_mean, off_covariance = moment_errors(points)
     if n <= EXACT_UP_TO:

@@ -37,6 +37,11 @@ class MeanField(NamedTuple):
         """KL[q || N(0, I)] of each row, [..., N], in nats."""
         return 0.5 * (self.mean.square() + (2 * self.log_std).exp() - 1 - 2 * self.log_std).sum(-1)
 
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z) of codes z [..., N, s, L], [..., N, s], in nats."""
+        whitened = (z - self.mean[..., None, :]) * (-self.log_std).exp()[..., None, :]
+        return -0.5 * (whitened.square() + math.log(2 * math.pi)).sum(-1) - self.log_std.sum(-1)[..., None]
+
 
 class LatentVariableModel(nn.Module):
     """p(x) = integral of p(x | decoder(z)) N(z; 0, I) over codes z in R^L.
@@ -139,13 +144,32 @@ class LatentVariableModel(nn.Module):
 
 
 class InferenceModel(nn.Module):
-    """q(z | x) by a network. Raises TypeError where the network is no module."""
+    """q(z | x) by a network. Raises TypeError where the network is no module.
+
+    Attributes:
+        name: its word in configurations. components: K, Gaussians in each distribution.
+    """
+
+    name = ""
+    components = 1
 
     def __init__(self, network: nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
         self.network = network
+
+    def width(self, latent_dim: int) -> int:
+        """How many values the network gives a row."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how wide its network is: define width(latent_dim)")
+
+    def places(self, latent_dim: int) -> tuple[Tensor, Tensor]:
+        """Which of those values are the components' means, and which their log standard deviations, [K, L] each."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its network gives: define places(latent_dim)")
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the network."""
+        return {"name": self.name}
 
 
 class MeanFieldGaussian(InferenceModel):
@@ -155,6 +179,7 @@ class MeanFieldGaussian(InferenceModel):
         network: a module from x [batch, D] to [batch, 2L] (mean, then log standard deviation), or to a pair of [batch, L].
     """
 
+    name = "mean-field"
     LEAST_LOG_STD, LARGEST_LOG_STD = math.log(1e-8), math.log(1e4)
 
     def forward(self, x: Tensor) -> MeanField:
@@ -167,3 +192,10 @@ class MeanFieldGaussian(InferenceModel):
             mean, log_std = output.chunk(2, -1)
         # Far outside any use; keeps exp and its square finite in float32 while a bad start recovers.
         return MeanField(mean, log_std.clamp(self.LEAST_LOG_STD, self.LARGEST_LOG_STD))
+
+    def width(self, latent_dim: int) -> int:
+        return 2 * latent_dim
+
+    def places(self, latent_dim: int) -> tuple[Tensor, Tensor]:
+        means = torch.arange(latent_dim)[None]
+        return means, latent_dim + means

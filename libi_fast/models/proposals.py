@@ -55,6 +55,14 @@ class Proposal:
         """Codes [N, K, L] where its mass is, K = ``components``."""
         raise NotImplementedError(f"{type(self).__name__} does not say where its mass is: define centres()")
 
+    def expectation(self) -> Tensor:
+        """E[z] of each row, [N, L]."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its mean: define expectation()")
+
+    def standard_deviations(self) -> Tensor:
+        """Of each latent of each row, [N, L]."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its spread: define standard_deviations()")
+
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of, by name, for checks of dtype and device."""
         return {}
@@ -92,6 +100,22 @@ class FullCovariance(Proposal):
 
     def centres(self) -> Tensor:
         return self.mean[:, None]
+
+    def expectation(self) -> Tensor:
+        return self.mean
+
+    def standard_deviations(self) -> Tensor:
+        return self.scale_tril.norm(dim=-1)
+
+    def component(self, k: int) -> tuple[Tensor, FullCovariance]:
+        """A component's weights [N] and Gaussians: the only one's."""
+        return torch.ones_like(self.mean[:, 0]), self
+
+    def kl_from_prior(self) -> Tensor:
+        """KL[q || N(0, I)] of each row, [N], in nats."""
+        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+        spread = self.scale_tril.square().sum((-2, -1))
+        return 0.5 * (spread + self.mean.square().sum(-1) - self.latent_dim) - log_det
 
     def tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "scale_tril": self.scale_tril}
@@ -146,6 +170,18 @@ class GaussianMixture(Proposal):
     def centres(self) -> Tensor:
         return self.mean
 
+    def expectation(self) -> Tensor:
+        return (self.log_weights.exp()[..., None] * self.mean).sum(1)
+
+    def standard_deviations(self) -> Tensor:
+        second = self.mean.square() + self.scale_tril.square().sum(-1)
+        variance = (self.log_weights.exp()[..., None] * second).sum(1) - self.expectation().square()
+        return variance.clamp_min(0).sqrt()
+
+    def component(self, k: int) -> tuple[Tensor, FullCovariance]:
+        """A component's weights [N] and Gaussians."""
+        return self.log_weights[:, k].exp(), FullCovariance(self.mean[:, k], self.scale_tril[:, k])
+
     def tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "log_weights": self.log_weights, "scale_tril": self.scale_tril}
 
@@ -193,6 +229,14 @@ class Defensive(Proposal):
 
     def centres(self) -> Tensor:
         return self.proposal.centres()
+
+    def expectation(self) -> Tensor:
+        return (1 - self.weight) * self.proposal.expectation()
+
+    def standard_deviations(self) -> Tensor:
+        mean, deviation = self.proposal.expectation(), self.proposal.standard_deviations()
+        second = (1 - self.weight) * (mean.square() + deviation.square()) + self.weight
+        return (second - self.expectation().square()).clamp_min(0).sqrt()
 
     def tensors(self) -> dict[str, Tensor]:
         return self.proposal.tensors()
@@ -351,10 +395,19 @@ class FullCovarianceGaussian(InferenceModel):
     Returns a :class:`FullCovariance`. Raises InputError for another width.
     """
 
+    name = "full-covariance"
+
     def forward(self, x: Tensor) -> FullCovariance:
-        output = self.network(x)
+        output = self.network(x).to(x.dtype)
         latent_dim = _latents(output.shape[-1], "mean and triangle,")
         return FullCovariance(output[..., :latent_dim], _triangle(output[..., latent_dim:], latent_dim))
+
+    def width(self, latent_dim: int) -> int:
+        return latent_dim * (latent_dim + 3) // 2
+
+    def places(self, latent_dim: int) -> tuple[Tensor, Tensor]:
+        latents = torch.arange(latent_dim)
+        return latents[None], (latent_dim + latents * (latents + 3) // 2)[None]
 
 
 class MixtureGaussian(InferenceModel):
@@ -368,13 +421,15 @@ class MixtureGaussian(InferenceModel):
     Returns a :class:`GaussianMixture`. Raises InputError for another width.
     """
 
+    name = "mixture"
+
     def __init__(self, network: nn.Module, components: int):
         super().__init__(network)
         lib.check_count("components", components, 1)
         self.components = components
 
     def forward(self, x: Tensor) -> GaussianMixture:
-        output = self.network(x)
+        output = self.network(x).to(x.dtype)
         width, left = divmod(output.shape[-1], self.components)
         if left:
             raise InputError(
@@ -385,6 +440,33 @@ class MixtureGaussian(InferenceModel):
         return GaussianMixture(
             output[..., : self.components], parts[..., :latent_dim], _triangle(parts[..., latent_dim:], latent_dim)
         )
+
+    def width(self, latent_dim: int) -> int:
+        return self.components * (1 + latent_dim * (latent_dim + 3) // 2)
+
+    def places(self, latent_dim: int) -> tuple[Tensor, Tensor]:
+        latents = torch.arange(latent_dim)
+        first = (self.components + torch.arange(self.components) * (latent_dim * (latent_dim + 3) // 2))[:, None]
+        return first + latents, first + latent_dim + latents * (latents + 3) // 2
+
+    def config(self) -> dict[str, Any]:
+        return {"name": self.name, "components": self.components}
+
+
+INFERENCE_MODELS: dict[str, Any] = {m.name: m for m in (MeanFieldGaussian, FullCovarianceGaussian, MixtureGaussian)}
+
+
+def inference_from_config(config: dict[str, Any], network: nn.Module) -> InferenceModel:
+    """The inverse of ``InferenceModel.config()``, around a network.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    settings = dict(config)
+    name = settings.pop("name")
+    if name not in INFERENCE_MODELS:
+        raise InputError(f"unknown inference model {name!r}; known: {', '.join(INFERENCE_MODELS)}")
+    return INFERENCE_MODELS[name](network, **settings)
 
 
 # --- Laplace's approximation at the mode ---

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     ANNEALING_START = 11
     ANNEALING_MOMENTUM = 12
     ANNEALING_ACCEPTANCE = 13
+    SIMULATION = 14  # pairs of code and data that an inference model learns from
 
 
 INDEX_LIMIT = 2**32

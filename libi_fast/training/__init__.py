@@ -13,13 +13,15 @@ from libi_fast.errors import InputError
 from libi_fast.models.likelihoods import likelihood_from_config
 from libi_fast.models.model import LatentVariableModel, MeanFieldGaussian
 from libi_fast.models.networks import build
+from libi_fast.models.proposals import inference_from_config
 from libi_fast.training.constraints import constraint_from_config
 from libi_fast.training.grid import fit_grid
+from libi_fast.training.inference import fit_inference
 from libi_fast.training.libi import LiBI
 from libi_fast.training.method import Method
 from libi_fast.training.vae import IWAE, VAE, LaggingVAE
 
-__all__ = ["CLASSES", "IWAE", "METHODS", "VAE", "LaggingVAE", "LiBI", "Method", "fit_grid", "from_config"]
+__all__ = ["CLASSES", "IWAE", "METHODS", "VAE", "LaggingVAE", "LiBI", "Method", "fit_grid", "fit_inference", "from_config"]
 
 CLASSES: dict[str, type[Method]] = {m.name: m for m in (LiBI, VAE, LaggingVAE, IWAE)}
 
@@ -61,7 +63,8 @@ def from_config(
     m = config["model"]
     likelihood = likelihood_from_config(m["likelihood"], dtype)
     model = LatentVariableModel(module(m["decoder"], decoder, "decoder"), likelihood, m["latent_dim"])
-    inference = MeanFieldGaussian(module(config["inference"], network, "network"))
+    kind = config.get("inference_model", {"name": MeanFieldGaussian.name})  # run folders of before there were others
+    inference = inference_from_config(kind, module(config["inference"], network, "network"))
     settings = dict(config["settings"])
     if "constraints" in settings:
         made = [(c, constraint_from_config(c)) for c in settings["constraints"]]

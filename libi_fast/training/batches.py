@@ -112,7 +112,8 @@ class Batches:
                 if len(index) < self.least:
                     continue
                 if self.source is None:
-                    yield Rows.part_of(self.rows[..., index, :])
+                    part = distributed.shard(len(index))
+                    yield Rows.part_of(self.rows[..., index, :])._replace(places=index[part])
                     continue
                 part = distributed.shard(len(index))
                 own = self.transform(self._read(index[part].numpy()))

@@ -38,13 +38,15 @@ class Rows(NamedTuple):
     """Rows of a batch that this process has.
 
     values [n, D], or [R, n, D] where replicas have data of their own; first: the batch's index of the first; total: rows of the
-    whole batch; spread: other processes have the rest.
+    whole batch; spread: other processes have the rest; places [n]: which rows of the training data they are, None where all
+    are in the batch, or that is not known.
     """
 
     values: Tensor
     first: int
     total: int
     spread: bool = False
+    places: Tensor | None = None
 
     @staticmethod
     def whole(values: Tensor) -> Rows:

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from libi_fast.data import Standardizer
 from libi_fast.errors import InputError
 from libi_fast.models.likelihoods import LIKELIHOODS
-from libi_fast.models.model import LatentVariableModel, MeanFieldGaussian
+from libi_fast.models.model import LatentVariableModel
 from libi_fast.models.networks import describe
+from libi_fast.models.proposals import INFERENCE_MODELS
 from libi_fast.ops.random import as_seed
 from libi_fast.training import distributed
 from libi_fast.training.batches import Batches, as_rows
@@ -103,8 +104,8 @@ def _program(method: Method) -> str:
             return [(name, p.requires_grad) for name, p in source.named_parameters()], id(source)
         if type(source) is LatentVariableModel:
             return account(source.decoder), account(source.likelihood), source.latent_dim, source.dtype
-        if type(source) is MeanFieldGaussian:
-            return account(source.network)
+        if type(source) in INFERENCE_MODELS.values():
+            return source.config(), account(source.network)
         if type(source) in LIKELIHOODS:
             return type(source), source.config()
         described = describe(source) if isinstance(source, nn.Module) else None

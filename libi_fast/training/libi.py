@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,14 +15,15 @@ from libi_fast.training import distributed
 from libi_fast.training.batches import Batches
 from libi_fast.training.constraints import Constraint, MutualInformation, Step1, moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
+from libi_fast.training.inference import check_batches, check_mean_field, check_objective, inference_stages
 from libi_fast.training.method import Method, elbo_at_start, fit_decoder
-from libi_fast.training.objectives import elbo_terms, importance_terms
+from libi_fast.training.objectives import importance_terms
 from libi_fast.training.replicas import Replicas, System
 from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Phase, Run, Stage, Terms
-from libi_fast.training.start import copy_encoder, mirror_codes, start_std, whiten_codes
+from libi_fast.training.start import copy_encoder, mirror_codes, start_std, tie_components, whiten_codes
 
 STEP1_SHARE = 2 / 3  # of a repeat's epochs
-STEP1, STEP2 = ("joint", "importance", "quadrature"), ("elbo", "importance")
+STEP1 = ("joint", "importance", "quadrature")
 
 
 class LiBI(Method):
@@ -45,7 +46,10 @@ class LiBI(Method):
             'quadrature', log p(x_n) itself, integrated around z_n (latent_dim 1 or 2), while h follows the modes of
             p(z_n | x_n). Its optimum's codes have the prior's law, so hz_weight and the tolerances play no part in it.
             The last two begin, in the first repeat, with half of step 1's epochs of 'joint'.
-        step2: 'elbo', or 'importance' for the importance-weighted bound.
+        step2: what step 2 maximises: 'elbo', as published; 'importance', the importance-weighted bound; 'posterior',
+            log q(z | x) at draws from p(z | x), of which q then covers all; 'elbo+posterior', half the epochs each.
+        sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step; 'hmc' or 'sir', draws
+            of the training rows, taken once a step 2 (see :func:`libi_fast.fit_inference`).
         num_samples: S of 'importance'.
         constraints: :class:`Constraint` objects, such as ``lf.MutualInformation(at_least=2.0)``.
         hz_method, hz_beta: how the Henze-Zirkler statistic is taken (see ``lf.henze_zirkler``), and its kernel's width.
@@ -68,7 +72,8 @@ class LiBI(Method):
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
         candidates: int = 4, initial_std: float | None = None, step1: str = "joint", step2: str = "elbo",
-        num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact", hz_beta: float | None = None,
+        sampler: str = "simulated", num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
+        hz_beta: float | None = None,
     ):  # fmt: skip
         for label, value in {
             "hz_weight": hz_weight,
@@ -83,9 +88,10 @@ class LiBI(Method):
             ("repeats", repeats, 1), ("warm_up", warm_up, 0), ("candidates", candidates, 1), ("num_samples", num_samples, 1),
         ):  # fmt: skip
             lib.check_count(label, value, least)
-        for label, choice, known in (("step1", step1, STEP1), ("step2", step2, STEP2), ("hz_method", hz_method, METHODS)):
+        for label, choice, known in (("step1", step1, STEP1), ("hz_method", hz_method, METHODS)):
             if choice not in known:
                 raise InputError(f"{label} must be one of {', '.join(map(repr, known))}, got {choice!r}")
+        check_objective("step2", step2, sampler)
         if isinstance(constraints, Constraint):
             raise TypeError("constraints must be a list of lf.Constraint objects, got one of them")
         for constraint in constraints:
@@ -98,9 +104,12 @@ class LiBI(Method):
         super().__init__(
             model, inference, encoder, hz_weight=hz_weight, covariance_tolerance=covariance_tolerance,
             mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up,
-            candidates=candidates, initial_std=initial_std, step1=step1, step2=step2, num_samples=num_samples,
+            candidates=candidates, initial_std=initial_std, step1=step1, step2=step2, sampler=sampler, num_samples=num_samples,
             constraints=tuple(constraints), hz_method=hz_method, hz_beta=hz_beta,
         )  # fmt: skip
+        for label, choice in (("step1", step1), ("step2", step2)):
+            if choice == "importance":
+                check_mean_field(self.system.inference, f"{label}='importance'")
         if step1 == "quadrature" and self.model.latent_dim > 2:
             raise InputError(f"step1='quadrature' is over 1 or 2 latent dimensions, but latent_dim is {self.model.latent_dim}")
 
@@ -113,6 +122,7 @@ class LiBI(Method):
         # Below twice the codes' size the whitened points are all but determined by the whitening.
         least = 2 * self.model.latent_dim + 2
         batches.require(least, f"LiBI's statistics of {self.model.latent_dim}-dimensional codes")
+        check_batches(batches, self.settings["step2"], self.settings["sampler"])
 
     def codes_a_row(self, rows: int) -> float:
         s = self.settings
@@ -206,6 +216,8 @@ class LiBI(Method):
         if not first or run.options.warm_start:
             return [phase("step 1", epochs, s["step1"])]
         warm_up, stages = min(s["warm_up"], epochs // 6), list[Stage]()
+        if prefix == "inference." and run.replicas.template.inference.components > 1:
+            stages += [lambda run: tie_components(run.replicas)]
         if s["whiten"]:
             stages += [lambda run: whiten_codes(run.replicas, prefix, run.train.values)]
         if self._candidates_train:
@@ -233,19 +245,14 @@ class LiBI(Method):
         stages: list[Stage] = []
         if first and run.replicas.template.encoder is not None:
             stages += [lambda run: copy_encoder(run.replicas, self.model.latent_dim)]
-        if first and not run.options.warm_start and s["step1"] != "importance":
-            stages += [self._start_std()]
+        begins = first and not run.options.warm_start and s["step1"] != "importance"
 
-        def terms(rows: Rows, samples: int, step: int) -> Terms:
-            if s["step2"] == "elbo":
-                return elbo_terms(run.replicas, rows, run.noise(rows, samples, step))
-            return importance_terms(run, rows, max(samples, s["num_samples"]), "doubly-reparameterized", step)
+        def start(run: Run, value: Callable[[], Tensor]) -> None:
+            start_std(run.replicas, value, s["initial_std"])
 
-        phase = Phase(
-            "step 2", epochs, ("inference.",), lambda rows, step: terms(rows, 1, step),
-            lambda: terms(run.validation, VALIDATION_SAMPLES, VALIDATION_DRAWS),
+        return stages + inference_stages(
+            run, epochs, s["step2"], s["sampler"], s["num_samples"], start=start if begins else None
         )  # fmt: skip
-        return [*stages, phase]
 
     def _stages(self, run: Run, epochs: int) -> list[Stage]:
         repeats = self.settings["repeats"]

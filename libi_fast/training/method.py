@@ -16,6 +16,7 @@ from libi_fast.errors import InputError, ParetoWarning
 from libi_fast.estimators import LogLikelihood, log_likelihood
 from libi_fast.models.model import LatentVariableModel, MeanField, evaluation_mode
 from libi_fast.models.networks import describe
+from libi_fast.models.proposals import Proposal
 from libi_fast.ops.random import as_seed
 from libi_fast.training import distributed
 from libi_fast.training.batches import Batches, as_rows, forget_pages
@@ -57,7 +58,7 @@ class Method:
 
     Args:
         model: a ``LatentVariableModel``, or a factory of one called once a restart.
-        inference: a ``MeanFieldGaussian``, or a factory.
+        inference: a ``MeanFieldGaussian``, ``FullCovarianceGaussian`` or ``MixtureGaussian``, or a factory.
     """
 
     name = ""
@@ -188,7 +189,8 @@ class Method:
         except RuntimeError as error:
             raise InputError(f"the inference network does not take rows of {x.shape[1]} columns: {error}") from error
         expected = (len(x), self.model.latent_dim)
-        for label, value in {"mean": q.mean, "log_std": q.log_std, "encoder": codes}.items():
+        parts = {"mean": q.mean, "log_std": q.log_std} if isinstance(q, MeanField) else {"mean": q.expectation()}
+        for label, value in {**parts, "encoder": codes}.items():
             if value.shape != expected:
                 raise InputError(
                     f"the inference model's {label} has shape {tuple(value.shape)} for {len(x)} rows; latent_dim = "
@@ -248,21 +250,22 @@ class Method:
             yield start, self._rows(x[start : min(start + size, part.stop)], start)
             forget_pages(x)
 
-    def _posterior(self, rows: Tensor) -> MeanField:
+    def _posterior(self, rows: Tensor) -> MeanField | Proposal:
         try:
             return self.system.inference(rows)
         except RuntimeError as error:
             raise InputError(f"the inference network does not take rows of {rows.shape[1]} columns: {error}") from error
 
     @torch.no_grad()
-    def posterior(self, x: Any) -> MeanField:
-        """q(z|x) of every row: mean and log_std, [N, L]."""
+    def posterior(self, x: Any) -> Any:
+        """q(z|x) of every row: of a mean-field model mean and log_std, [N, L], else a :class:`libi_fast.Proposal`."""
         with evaluation_mode(self.system):
             return self._posterior(self._rows(x))
 
     def codes(self, x: Any) -> Tensor:
         """The posterior means, [N, L]."""
-        return self.posterior(x).mean
+        q = self.posterior(x)
+        return q.mean if isinstance(q, MeanField) else q.expectation()
 
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """n draws from p(x), [n, D], in the data's own units."""
@@ -280,6 +283,7 @@ class Method:
             "settings": {k: [c.config() for c in v] if k == "constraints" else v for k, v in self.settings.items()},
             "model": self.model.config(),
             "inference": describe(network) or {"custom": type(network).__name__},
+            "inference_model": self.system.inference.config(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "columns": self.columns,
             "standardizer": None if self.standardizer is None else self.standardizer.to_config(),

@@ -5,21 +5,50 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from libi_fast.models.model import MeanFieldGaussian
 from libi_fast.ops import importance as op
-from libi_fast.ops.random import Stream
+from libi_fast.ops.random import Stream, philox_normal, philox_uniform
+from libi_fast.training import distributed
 from libi_fast.training.distributed import Rows
 from libi_fast.training.replicas import Replicas
 from libi_fast.training.run import SMALLEST_BLOCK, Run, Terms
 
 
 def elbo_terms(replicas: Replicas, rows: Rows, noise: Callable[[], Tensor], beta: float | Tensor = 1.0) -> Terms:
-    """The terms of -ELBO, the KL term times beta; noise() [R, n, S, L]. The KL term is in closed form, the reconstruction too
-    where the model is linear-Gaussian: at noise variances of 1e-6 draws alone keep a VAE from converging."""
+    """The terms of -ELBO, the KL term times beta; noise() [R, n, S, L]. The KL term is in closed form (but for mixtures), the
+    reconstruction too where the model is linear-Gaussian: at noise variances of 1e-6 draws alone keep a VAE from converging."""
+    if not isinstance(replicas.template.inference, MeanFieldGaussian):
+        x = rows.values
+        reconstruction, kl = replicas("elbo_parts", x, noise(), shared=(x.dim() == 2, False))
+        return {"reconstruction": -rows.mean(reconstruction), "kl": beta * rows.mean(kl)}
     q = replicas.posterior(rows.values)
     reconstruction = -rows.mean(replicas.expected_log_prob(rows.values, q, noise))
     return {"reconstruction": reconstruction, "kl": beta * rows.mean(q.kl_from_prior())}
+
+
+def simulated_terms(run: Run, pairs: int, rows: Rows, repetition: int) -> Terms:
+    """-log q(z | x) of ``pairs`` new draws z ~ p(z), x ~ p(x | z) of each replica's own model: exact draws from p(z | x) at
+    data that the model makes itself."""
+    replicas, model = run.replicas, run.replicas.template.model
+    part = distributed.shard(pairs) if rows.spread else slice(0, pairs)
+    own: dict[str, Any] = {
+        "replicas": replicas.own["ids"], "first_row": part.start, "repetition": repetition, "dtype": replicas.dtype,
+    }  # fmt: skip
+    count, stream = part.stop - part.start, int(Stream.SIMULATION)
+    z = philox_normal(run.seed, count, model.latent_dim, stream=stream, **own)
+    draw = philox_normal if model.likelihood.reparameterized else philox_uniform
+    noise = draw(run.seed, count, rows.values.shape[-1], stream=stream + 16, **own)
+    with torch.no_grad():
+        x = replicas("simulate", z, noise)
+    return {"simulated": -replicas.log_q(x, z[:, :, None])[..., 0].sum(-1) / pairs}
+
+
+def posterior_terms(replicas: Replicas, rows: Rows, z: Tensor) -> Terms:
+    """-log q(z | x) of draws z [R, n, S, L] from p(z | x)."""
+    return {"posterior": -rows.mean(replicas.log_q(rows.values, z).mean(-1))}
 
 
 def importance_terms(run: Run, rows: Rows, samples: int, gradient: str, repetition: int) -> Terms:

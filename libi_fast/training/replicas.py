@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,15 +16,18 @@ from libi_fast.errors import InputError
 from libi_fast.models.autocast import Autocast
 from libi_fast.models.laplace import local_log_likelihood, log_ratios
 from libi_fast.models.linear_gaussian import is_linear_gaussian
-from libi_fast.models.model import LatentVariableModel, MeanField, MeanFieldGaussian
+from libi_fast.models.model import InferenceModel, LatentVariableModel, MeanField
 from libi_fast.models.networks import fresh_copy
+from libi_fast.models.proposals import FullCovariance, GaussianMixture
 from libi_fast.training.distributed import Rows
+
+LOG_2PI = math.log(2 * math.pi)
 
 
 class System(nn.Module):
     """Generative model, inference model and, where it is a network of its own, step 1's encoder."""
 
-    def __init__(self, model: LatentVariableModel, inference: MeanFieldGaussian, encoder: nn.Module | None = None):
+    def __init__(self, model: LatentVariableModel, inference: InferenceModel, encoder: nn.Module | None = None):
         super().__init__()
         self.model, self.inference, self.encoder = model, inference, encoder
         self.autocast: torch.dtype | None = None  # of the networks
@@ -39,14 +43,43 @@ class System(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """z = h(x), [N, L]: the encoder, or the mean of q where it has none."""
+        if self.encoder is not None:
+            with self._networks():
+                return self.encoder(x).to(x.dtype)
+        q = self.q(x)
+        return q.mean if isinstance(q, MeanField) else q.expectation()
+
+    def q(self, x: Tensor) -> MeanField | FullCovariance | GaussianMixture:
+        """q(z | x) of each row."""
         with self._networks():
-            z = self.inference(x).mean if self.encoder is None else self.encoder(x)
-        return z.to(x.dtype)
+            q = self.inference(x)
+        return MeanField(*(t.to(x.dtype) for t in q)) if isinstance(q, MeanField) else q
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with self._networks():
-            mean, log_std = self.inference(x)
-        return mean.to(x.dtype), log_std.to(x.dtype)
+        """Of a mean-field q."""
+        q = self.q(x)
+        assert isinstance(q, MeanField)
+        return q.mean, q.log_std
+
+    def log_q(self, x: Tensor, z: Tensor) -> Tensor:
+        """log q(z | x) of codes z [N, S, L], [N, S]."""
+        return self.q(x).log_prob(z)
+
+    def elbo_parts(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """E_q log p(x | z) and KL[q || prior] of a q that is not mean-field, [N] each: in closed form where there is one, else
+        by draws from noise [N, S, L]. All components take the same noise, so that their weights are differentiated exactly."""
+        q = self.q(x)
+        assert not isinstance(q, MeanField)
+        linear = is_linear_gaussian(self.model)
+        reconstruction = kl = torch.zeros_like(x[:, 0])
+        for k in range(q.components):
+            weight, part = q.component(k)
+            z = part.draw(noise)
+            fit = self._expected_log_prob(x, part) if linear else self.log_prob(x[:, None], z).mean(-1)
+            prior = -0.5 * (z.square() + LOG_2PI).sum(-1)
+            excess = part.kl_from_prior() if q.components == 1 else (q.log_prob(z) - prior).mean(-1)
+            reconstruction, kl = reconstruction + weight * fit, kl + weight * excess
+        return reconstruction, kl
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         if self.autocast is None:
@@ -58,6 +91,10 @@ class System(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.model.decode(z)
 
+    def simulate(self, z: Tensor, noise: Tensor) -> Tensor:
+        """x ~ p(x | z) [N, D] of codes z [N, L], from noise [N, D] (uniforms, where the likelihood wants them)."""
+        return self.model.likelihood.sample(self.decode(z), noise)
+
     def log_ratios(self, z: Tensor, noise: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
         return log_ratios(self.model, z, noise, inner)
 
@@ -66,12 +103,22 @@ class System(nn.Module):
 
     def expected_log_prob(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """E_q log p(x|z), [N], in closed form; for linear-Gaussian models alone."""
-        units = torch.eye(self.model.latent_dim, dtype=mean.dtype, device=mean.device)
-        columns = self.model.decode(units) - self.model.decode(torch.zeros_like(units))  # the rows are W's columns
-        variance = self.model.likelihood.variance
-        assert isinstance(variance, Tensor)
+        columns, variance = self._columns(mean)
         spread = (columns.square() / variance).sum(-1)
         return self.model.log_prob(x, mean) - 0.5 * ((2 * log_std).exp() * spread).sum(-1)
+
+    def _expected_log_prob(self, x: Tensor, q: FullCovariance) -> Tensor:
+        """The same of a q with full covariances."""
+        columns, variance = self._columns(q.mean)
+        spread = ((q.scale_tril.mT @ columns).square() / variance).sum((-2, -1))
+        return self.model.log_prob(x, q.mean) - 0.5 * spread
+
+    def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a linear decoder the matrix's columns, as rows [L, D], and the noise variance [D]."""
+        units = torch.eye(self.model.latent_dim, dtype=like.dtype, device=like.device)
+        variance = self.model.likelihood.variance
+        assert isinstance(variance, Tensor)
+        return self.model.decode(units) - self.model.decode(torch.zeros_like(units)), variance
 
 
 @contextlib.contextmanager
@@ -98,7 +145,7 @@ def make_system(model: Any, inference: Any, encoder: Any, seed: int, fresh: bool
         return made
 
     with torch_seed(seed):
-        return System(make(model, LatentVariableModel), make(inference, MeanFieldGaussian), make(encoder, nn.Module))
+        return System(make(model, LatentVariableModel), make(inference, InferenceModel), make(encoder, nn.Module))
 
 
 class Replicas:
@@ -199,8 +246,12 @@ class Replicas:
         return self("codes", x, shared=(x.dim() == 2,))
 
     def posterior(self, x: Tensor) -> MeanField:
-        """-> mean and log_std [R, N, L]."""
+        """Of mean-field models -> mean and log_std [R, N, L]."""
         return MeanField(*self("posterior", x, shared=(x.dim() == 2,)))
+
+    def log_q(self, x: Tensor, z: Tensor) -> Tensor:
+        """log q(z | x) of codes z [R, N, S, L] -> [R, N, S]."""
+        return self("log_q", x, z, shared=(x.dim() == 2, False))
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         """z [R, N, L] -> [R, N], or z [R, N, S, L] -> [R, N, S]."""

@@ -9,6 +9,7 @@ from libi_fast.errors import InputError
 from libi_fast.ops import _library as lib
 from libi_fast.ops import importance as op
 from libi_fast.training.distributed import Rows
+from libi_fast.training.inference import check_mean_field
 from libi_fast.training.method import Method
 from libi_fast.training.objectives import elbo_terms, importance_terms
 from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Loss, Phase, Run, Stage, Terms, rungs
@@ -145,6 +146,7 @@ class IWAE(Method):
         if gradient not in op.GRADIENTS:
             raise InputError(f"gradient must be one of {', '.join(map(repr, op.GRADIENTS))}, got {gradient!r}")
         super().__init__(model, inference, num_samples=num_samples, gradient=gradient, whiten=whiten, warm_up=warm_up)
+        check_mean_field(self.system.inference, "IWAE")
 
     def _stages(self, run: Run, epochs: int) -> list[Stage]:
         def bound(rows: Rows, samples: int, repetition: int) -> Terms:
