@@ -17,6 +17,7 @@ from libi_fast.models.proposals import FullCovariance
 from libi_fast.training.distributed import Rows
 from libi_fast.training.inference import keep_draws
 from libi_fast.training.objectives import elbo_terms
+from libi_fast.training.options import FitOptions
 from libi_fast.training.replicas import Replicas, make_system
 
 F64 = torch.float64
@@ -365,6 +366,7 @@ def test_draws_are_of_each_replicas_own_model():
 
     class Stub:
         seed = torch.tensor(5)
+        options = FitOptions()
         train = validation = Rows.whole(models[0].sample(8, seed=1))
 
     Stub.replicas = replicas
@@ -405,6 +407,16 @@ def test_settings_train_side_by_side_as_each_alone():
     alone.fit(sets[1].train, sets[1].validation, epochs=30, restarts=2, progress=False)
     for name, value in alone.state().items():
         assert torch.allclose(grid[1][1].state()[name], value, atol=1e-7), name
+
+
+def test_early_stopping_looks_at_draws_of_held_out_rows():
+    model = small_model()
+    q = inference("full-covariance")
+    history = lf.fit_inference(
+        model, q, model.sample(60, seed=1), model.sample(30, seed=2), epochs=60, early_stopping=True, progress=False
+    )  # fmt: skip
+    looks = [h["validation"][0] for h in history if h["phase"] == "step 2"]
+    assert history[-1]["objective"][0] == min(looks) < looks[0]
 
 
 # --- mistakes ---
@@ -448,6 +460,6 @@ def test_other_mistakes_are_named():
     loader = DataLoader(TensorDataset(x), 10)
     with pytest.raises(lf.InputError, match="sampler='sir' keeps draws of every row"):
         lf.fit_inference(model, q, loader, sampler="sir")
-    lf.fit_inference(model, q, loader, epochs=2, progress=False)  # simulated rows need none
+    lf.fit_inference(model, q, loader, sampler="simulated", epochs=2, progress=False)  # which needs no rows
     with pytest.raises(lf.InputError, match="each of 3 components as many values"):
         lf.fit_inference(model, lf.MixtureGaussian(lf.mlp(3, [5], 16).double(), 3), x, epochs=2)
