@@ -15,7 +15,15 @@ from libi_fast.training import distributed
 from libi_fast.training.batches import Batches
 from libi_fast.training.constraints import Constraint, MutualInformation, Step1, moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
-from libi_fast.training.inference import SAMPLER, check_batches, check_mean_field, check_objective, inference_stages
+from libi_fast.training.inference import (
+    A_STEP,
+    PAIRS,
+    SAMPLER,
+    check_batches,
+    check_mean_field,
+    check_objective,
+    inference_stages,
+)
 from libi_fast.training.method import Method, elbo_at_start, fit_decoder
 from libi_fast.training.objectives import importance_terms
 from libi_fast.training.replicas import Replicas, System
@@ -128,7 +136,8 @@ class LiBI(Method):
         s = self.settings
         nodes = NODES**self.model.latent_dim if s["step1"] == "quadrature" else 1
         simulated = sum(c.num_points * (1 + c.num_samples) for c in s["constraints"] if isinstance(c, MutualInformation))
-        return nodes + simulated / rows
+        posterior = A_STEP + PAIRS / rows if "posterior" in s["step2"] else 0
+        return nodes + simulated / rows + posterior
 
     def _systems(self, restarts: int, seed: int) -> list[System]:
         if not self._candidates_train:
