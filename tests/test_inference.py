@@ -17,6 +17,7 @@ from libi_fast.models.proposals import FullCovariance
 from libi_fast.training.distributed import Rows
 from libi_fast.training.inference import keep_draws
 from libi_fast.training.objectives import elbo_terms
+from libi_fast.training.options import FitOptions
 from libi_fast.training.replicas import Replicas, make_system
 
 F64 = torch.float64
@@ -321,7 +322,7 @@ def test_the_model_stays_as_it_is_and_q_begins_where_the_encoder_is():
 # --- seeds, shards, interruptions ---
 
 
-@pytest.mark.parametrize("sampler", ["simulated", "hmc", "sir"])
+@pytest.mark.parametrize("sampler", ["simulated", "hmc", "sir", "simulated+sir"])
 def test_same_seed_same_q_and_another_seed_another(sampler):
     model = small_model()
     x = model.sample(60, seed=1)
@@ -365,6 +366,7 @@ def test_draws_are_of_each_replicas_own_model():
 
     class Stub:
         seed = torch.tensor(5)
+        options = FitOptions()
         train = validation = Rows.whole(models[0].sample(8, seed=1))
 
     Stub.replicas = replicas
@@ -385,7 +387,7 @@ def _fit(rank, world, result, sampler):
     result.append((rank, [p.tolist() for p in libi.state().values()]))
 
 
-@pytest.mark.parametrize("sampler", ["simulated", "sir"])
+@pytest.mark.parametrize("sampler", ["simulated+sir"])
 def test_two_processes_learn_one_q(sampler):
     alone = in_one_process(_fit, sampler)
     together = in_two_processes(_fit, sampler)
@@ -407,6 +409,16 @@ def test_settings_train_side_by_side_as_each_alone():
         assert torch.allclose(grid[1][1].state()[name], value, atol=1e-7), name
 
 
+def test_early_stopping_looks_at_draws_of_held_out_rows():
+    model = small_model()
+    q = inference("full-covariance")
+    history = lf.fit_inference(
+        model, q, model.sample(60, seed=1), model.sample(30, seed=2), epochs=60, early_stopping=True, progress=False
+    )  # fmt: skip
+    looks = [h["validation"][0] for h in history if h["phase"] == "step 2"]
+    assert history[-1]["objective"][0] == min(looks) < looks[0]
+
+
 # --- mistakes ---
 
 
@@ -414,7 +426,7 @@ def test_settings_train_side_by_side_as_each_alone():
     ("settings", "message"),
     [
         ({"step2": "kl"}, "step2 must be one of 'elbo', 'importance', 'posterior', 'elbo\\+posterior', got 'kl'"),
-        ({"sampler": "nuts"}, "sampler must be one of 'simulated', 'hmc', 'sir', got 'nuts'"),
+        ({"sampler": "nuts"}, "sampler must be one of 'simulated', 'sir', 'hmc', .*, got 'nuts'"),
         ({"step2": "importance"}, "step2='importance' takes a MeanFieldGaussian, got MixtureGaussian"),
         ({"step1": "importance"}, "step1='importance' takes a MeanFieldGaussian, got MixtureGaussian"),
     ],
@@ -448,6 +460,6 @@ def test_other_mistakes_are_named():
     loader = DataLoader(TensorDataset(x), 10)
     with pytest.raises(lf.InputError, match="sampler='sir' keeps draws of every row"):
         lf.fit_inference(model, q, loader, sampler="sir")
-    lf.fit_inference(model, q, loader, epochs=2, progress=False)  # simulated rows need none
+    lf.fit_inference(model, q, loader, sampler="simulated", epochs=2, progress=False)  # which needs no rows
     with pytest.raises(lf.InputError, match="each of 3 components as many values"):
         lf.fit_inference(model, lf.MixtureGaussian(lf.mlp(3, [5], 16).double(), 3), x, epochs=2)

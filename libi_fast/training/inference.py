@@ -30,6 +30,7 @@ from libi_fast.training.start import copy_encoder, start_std
 
 OBJECTIVES = ("elbo", "importance", "posterior", "elbo+posterior")
 SAMPLERS = ("simulated", "sir", "hmc", "simulated+sir", "simulated+hmc")
+SAMPLER = "simulated+sir"  # best on CubicJTEx: benchmarks/inference.py
 PAIRS = 1024  # simulated ones of a step, at least
 KEPT = 64  # posterior draws of a row
 A_STEP = 8  # of which a step takes so many
@@ -54,7 +55,9 @@ def check_mean_field(inference: Any, what: str) -> None:
 def check_batches(batches: Batches, objective: str, sampler: str) -> None:
     """Raise InputError where draws could not be kept beside their rows."""
     if "posterior" in objective and sampler != "simulated" and (batches.loader is not None or batches.source is not None):
-        raise InputError(f"sampler={sampler!r} keeps draws of every row: pass train as a tensor or array in memory")
+        raise InputError(
+            f"sampler={sampler!r} keeps draws of every row: pass train as a tensor or array in memory, or sampler='simulated'"
+        )
 
 
 def inference_stages(
@@ -105,7 +108,8 @@ def inference_stages(
         stages += [
             Phase(
                 name, epochs - first if objective == "elbo+posterior" else epochs, ("inference.",), likelihood,
-                lambda: likelihood(run.validation, VALIDATION_DRAWS),
+                # Held-out draws cost as much as those that are learned from.
+                (lambda: likelihood(run.validation, VALIDATION_DRAWS)) if run.options.early_stopping or not drawn else None,
             )
         ]  # fmt: skip
     if "posterior" in objective and drawn:
@@ -125,11 +129,11 @@ def draws_of(run: Run, rows: Rows, step: int) -> Tensor:
 
 @torch.no_grad()
 def keep_draws(run: Run, sampler: str, kept: int) -> None:
-    """Draws from p(z | x) of every training and held-out row, of every replica's own model."""
+    """Draws from p(z | x) of every training row (and held-out row, if it is looked at), of every replica's own model."""
     replicas = run.replicas
     size = replicas.count * (run.train.values.shape[-2] + run.validation.values.shape[-2]) * replicas.template.model.latent_dim
     kept = min(kept, max(CHAINS, MOST_VALUES // size // CHAINS * CHAINS))
-    for name, rows in (("draws", run.train), ("held-out draws", run.validation)):
+    for name, rows in (("draws", run.train), ("held-out draws", run.validation))[: 1 + run.options.early_stopping]:
         found = []
         for r, model in enumerate(_models(replicas)):
             x = rows.values if rows.values.dim() == 2 else rows.values[r]
@@ -140,7 +144,7 @@ def keep_draws(run: Run, sampler: str, kept: int) -> None:
 
 def forget_draws(run: Run) -> None:
     for name in ("draws", "held-out draws"):
-        run.replicas.own.pop(name)
+        run.replicas.own.pop(name, None)
 
 
 def _draws(model: LatentVariableModel, x: Tensor, sampler: str, count: int, seed: int) -> Tensor:
@@ -210,23 +214,27 @@ class InferenceFit(Method):
 
 def fit_inference(
     model: LatentVariableModel, q: InferenceModel, x: Any, validation: Any = None, *, method: str = "posterior",
-    sampler: str = "simulated", num_samples: int = KEPT, encoder: nn.Module | None = None, epochs: int = 5000, seed: int = 0,
+    sampler: str = SAMPLER, num_samples: int = KEPT, encoder: nn.Module | None = None, epochs: int = 5000, seed: int = 0,
     batch_size: int | None = None, learning_rate: float = 0.01, tolerance: float | None = None, early_stopping: bool = False,
     checkpoint: str | PathLike[str] | None = None, resume: bool = False, progress: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Learn q(z | x) of a model that stays as it is; q is trained in place, from its present parameters.
+
+    By the ELBO q is narrower than p(z | x), and its importance weights have heavy tails; by draws from p(z | x) it is as wide.
 
     Args:
         model: any fitted ``LatentVariableModel``.
         q: ``MeanFieldGaussian``, ``FullCovarianceGaussian`` or ``MixtureGaussian``.
         x, validation: rows [N, D], as of :meth:`Method.fit`.
         method: 'elbo', the evidence lower bound; 'posterior', E log q(z | x) over draws from p(z | x); 'elbo+posterior', one
-            after the other, half the epochs each.
-        sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step and exact, at data of
-            the model's own making (x then tells how many columns and steps alone); 'hmc' and 'sir', draws of the training
-            rows from ``sample_posterior``, taken once.
-        num_samples: draws kept of each row, of 'hmc' (a multiple of 16) and 'sir'; less, where those of all rows would take
-            more than 2^26 numbers.
+            after the other, half the epochs each; 'importance', the importance-weighted bound (of a mean-field q alone).
+        sampler: where those draws come from. 'simulated': z ~ p(z) and x ~ p(x | z), at least 1024 pairs in every step, new and
+            exact, but of data that the model makes, which may lack rows such as x has where the model is wrong. 'sir', 'hmc':
+            draws of the rows of x from ``sample_posterior``, taken once: by resampling among 5000 candidates from a mixture of
+            Laplace's approximations with a tenth of the prior (its likelihood must know its Fisher information), or by 16
+            chains that start from them. 'simulated+sir', 'simulated+hmc': half the objective each.
+        num_samples: draws kept of each row, of 'sir' and 'hmc' (a multiple of 16), of which a step takes 8; fewer, where those
+            of all rows would take more than 2^26 numbers.
         encoder: a network of q's architecture up to its last layer, whose first L outputs are codes of x: q begins with them
             as its means and with the standard deviation that serves ``method`` best. None: q begins as it is.
         epochs, seed, batch_size, learning_rate, tolerance, early_stopping, checkpoint, resume, progress: as of
@@ -250,7 +258,7 @@ def fit_inference(
     if not isinstance(model, LatentVariableModel):
         raise TypeError(f"model must be a LatentVariableModel, got {type(model).__name__}")
     lib.check_count("num_samples", num_samples, 1)
-    if sampler == "hmc" and num_samples % CHAINS:
+    if "hmc" in sampler and num_samples % CHAINS:
         raise InputError(f"num_samples must be a multiple of the {CHAINS} chains of 'hmc', got {num_samples}")
     if encoder is not None:
         encoder = _Codes(encoder, model.latent_dim)

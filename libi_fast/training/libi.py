@@ -15,7 +15,15 @@ from libi_fast.training import distributed
 from libi_fast.training.batches import Batches
 from libi_fast.training.constraints import Constraint, MutualInformation, Step1, moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
-from libi_fast.training.inference import check_batches, check_mean_field, check_objective, inference_stages
+from libi_fast.training.inference import (
+    A_STEP,
+    PAIRS,
+    SAMPLER,
+    check_batches,
+    check_mean_field,
+    check_objective,
+    inference_stages,
+)
 from libi_fast.training.method import Method, elbo_at_start, fit_decoder
 from libi_fast.training.objectives import importance_terms
 from libi_fast.training.replicas import Replicas, System
@@ -48,8 +56,8 @@ class LiBI(Method):
             The last two begin, in the first repeat, with half of step 1's epochs of 'joint'.
         step2: what step 2 maximises: 'elbo', as published; 'importance', the importance-weighted bound; 'posterior',
             log q(z | x) at draws from p(z | x), of which q then covers all; 'elbo+posterior', half the epochs each.
-        sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step; 'hmc' or 'sir', draws
-            of the training rows, taken once a step 2 (see :func:`libi_fast.fit_inference`).
+        sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step; 'sir' or 'hmc', draws
+            of the training rows, taken once a step 2; 'simulated+sir', 'simulated+hmc' (see :func:`libi_fast.fit_inference`).
         num_samples: S of 'importance'.
         constraints: :class:`Constraint` objects, such as ``lf.MutualInformation(at_least=2.0)``.
         hz_method, hz_beta: how the Henze-Zirkler statistic is taken (see ``lf.henze_zirkler``), and its kernel's width.
@@ -72,7 +80,7 @@ class LiBI(Method):
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
         candidates: int = 4, initial_std: float | None = None, step1: str = "joint", step2: str = "elbo",
-        sampler: str = "simulated", num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
+        sampler: str = SAMPLER, num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
         hz_beta: float | None = None,
     ):  # fmt: skip
         for label, value in {
@@ -128,7 +136,8 @@ class LiBI(Method):
         s = self.settings
         nodes = NODES**self.model.latent_dim if s["step1"] == "quadrature" else 1
         simulated = sum(c.num_points * (1 + c.num_samples) for c in s["constraints"] if isinstance(c, MutualInformation))
-        return nodes + simulated / rows
+        posterior = A_STEP + PAIRS / rows if "posterior" in s["step2"] else 0
+        return nodes + simulated / rows + posterior
 
     def _systems(self, restarts: int, seed: int) -> list[System]:
         if not self._candidates_train:
