@@ -91,7 +91,8 @@ class _Annealing(ctypes.Structure):
         ("on", _Importance),
         *((name, _Int64) for name in ("temperatures", "leapfrogs", "first_transition", "momentum_stream", "acceptance_stream")),
         *((name, _Double) for name in ("jitter", "rate", "target")),
-        *((name, _Pointer) for name in ("betas", "z", "step", "last", "log_weights", "acceptance", "steps")),
+        *((name, _Pointer) for name in ("betas", "z", "step")), ("windows", _Int64), ("scale_tril", _Pointer),
+        *((name, _Pointer) for name in ("last", "log_weights", "acceptance", "steps", "path")),
     ]  # fmt: skip
 
 
@@ -447,8 +448,8 @@ def chains(
 
 
 def annealing(
-    x: Tensor, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any, noise: Noise,
-    settings: annealing_reference.Settings,
+    x: Tensor, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, mean: Tensor, log_scale: Tensor, decoder: Any,
+    noise: Noise, settings: annealing_reference.Settings,
 ) -> annealing_reference.Result:  # fmt: skip
     """As ``kernels.annealing.reference.run`` on chains' ``log_joint``."""
     replicas, rows, chains, latents = z.shape
@@ -459,17 +460,19 @@ def annealing(
     call._expect("mean", mean, (replicas, rows, latents))
     call._expect("z", z, (replicas, rows, chains, decoder.widths[0]))
     call._expect("step", step, (replicas, rows, temperatures))
+    windows = scale_tril.shape[2] if scale_tril.dim() == 5 else 0
+    call._expect("scale_tril", scale_tril, (replicas, rows, windows, latents, latents))
     if betas.dtype != torch.float64 or betas.device.type != "cpu":
         raise ValueError(f"annealing: betas is {betas.dtype} on {betas.device.type}; expected float64 on the CPU")
-    shape = (replicas, rows, chains)
+    shape, told = (replicas, rows, chains), temperatures if settings.rate > 0 else 0
     result = annealing_reference.Result(
-        z.new_empty(z.shape), z.new_empty(shape), z.new_empty(shape),
-        z.new_empty((*shape, temperatures if settings.rate > 0 else 0)),
+        z.new_empty(z.shape), z.new_empty(shape), z.new_empty(shape), z.new_empty((*shape, told)),
+        z.new_empty((*shape, told, latents)),
     )  # fmt: skip
     struct = _Annealing(
         call._struct, temperatures, settings.leapfrogs, settings.first_transition, *noise.streams, settings.jitter,
-        settings.rate, settings.target, call._tensor(betas), call._tensor(z), call._tensor(step),
-        *(t.data_ptr() for t in result),
+        settings.rate, settings.target, call._tensor(betas), call._tensor(z), call._tensor(step), windows,
+        call._tensor(scale_tril), *(t.data_ptr() for t in result),
     )  # fmt: skip
     _call("annealing", z.dtype, ctypes.byref(struct))
     return result

@@ -76,9 +76,11 @@ struct Annealing {
     double jitter, rate, target;             // rate: of the adaptation of step sizes to acceptance rate target, or 0
     const double* betas;                     // [replicas, temperatures + 1]
     const void *z, *step;                    // [replicas, rows, chains, latents], [replicas, rows, temperatures]
+    int64_t windows;                         // transition t has the scales of number t windows / temperatures
+    const void* scale_tril;                  // [replicas, rows, windows, latents, latents], lower triangular
     // results
     void *last, *log_weights, *acceptance;   // [replicas, rows, chains, latents], [replicas, rows, chains] twice
-    void* steps;                             // [replicas, rows, chains, temperatures]; null where the rate is 0
+    void *steps, *path;                      // [replicas, rows, chains, temperatures] and with latents; null where the rate is 0
 };
 
 }  // namespace libi

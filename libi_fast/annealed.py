@@ -26,19 +26,22 @@ from libi_fast.ops.log_mean_exp import log_mean_exp
 from libi_fast.ops.random import Stream, philox_normal
 
 VALUES_AT_ONCE = 2**24  # of chains: rows are taken in blocks of so many
-STEEPNESS = 4.0  # of the sigmoid that spaces the temperatures (Wu et al. 2017)
-PILOTS, PILOT_CHAINS = 2, 8  # runs that adapt step sizes before the counted one, and their chains, at most
+POWER = 4  # inverse temperatures are evenly spaced numbers to this power
+PILOTS, PILOT_CHAINS = 3, 8  # runs that adapt scales and step sizes before the counted one, and their chains, at most
 RATE = 0.1  # of the adaptation
 SMOOTHED = 40  # step sizes are averaged over a window of temperatures of one part in so many to each side
+WINDOWS = 20  # of temperatures with scales of their own, at most, and
+DRAWS = 50  # how many draws each of them must have for each latent
+LEAST_VARIANCE = 1e-6  # of a window in any direction, in units of the mean over latents
 
 
 class AnnealedLogLikelihood(NamedTuple):
     """Estimates for each of N rows.
 
-    log_likelihood: log of the mean weight [N], whose expectation is at most log p(x); standard_error: of it [N] (delta method
-    over chains), in nats; log_weights: of each chain [N, C]; acceptance_rate: [N], mean acceptance probability; z: where the
-    chains end [N, C, L], draws from p(z | x) once weighted; step_size: of each transition [N, T], in units of the proposal's
-    standard deviations.
+    log_likelihood: log of the mean weight [N], whose expectation is at most log p(x); standard_error: of it [N] (delta method over
+    chains), in nats; log_weights: of each chain [N, C]; acceptance_rate: [N], mean acceptance probability; z: where the chains
+    end [N, C, L], draws from p(z | x) once weighted; step_size: of each transition [N, T], in units of the posterior's standard
+    deviations at its temperature, about.
     """
 
     log_likelihood: Tensor
@@ -66,12 +69,11 @@ class BidirectionalGap(NamedTuple):
     gap: Tensor
 
 
-def sigmoid_betas(temperatures: int) -> Tensor:
-    """Inverse temperatures from 0 to 1, [temperatures + 1] float64, dense at both ends: a sigmoid of evenly spaced numbers."""
-    sigmoid = torch.sigmoid(STEEPNESS * torch.linspace(-1, 1, temperatures + 1, dtype=torch.float64))
-    betas = (sigmoid - sigmoid[0]) / (sigmoid[-1] - sigmoid[0])
-    betas[-1] = 1
-    return betas
+def power_betas(temperatures: int) -> Tensor:
+    """Inverse temperatures from 0 to 1, [temperatures + 1] float64, (t / T)^4 (Friel & Pettitt 2008): each a constant factor
+    over the one before, nearly, as the widths of densities that narrow from prior to posterior want it. A sigmoid (Wu et al.
+    2017) is as good where the data have much noise, and far from it where they have little."""
+    return torch.linspace(0, 1, temperatures + 1, dtype=torch.float64) ** POWER
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,24 @@ class _Annealing:
     def a_row(self) -> int:
         """Values that a row takes at once."""
         pilot = min(self.chains, PILOT_CHAINS)
-        return (2 * pilot + 3) * self.temperatures + self.chains * (2 * self.model.latent_dim + 2)
+        latents = self.model.latent_dim
+        return pilot * self.temperatures * (3 * latents + 2) + WINDOWS * latents**2 + self.chains * (2 * latents + 2)
 
     def blocks(self, progress: bool) -> Any:
         found = list(blocks(len(self.x), max(1, VALUES_AT_ONCE // self.a_row))) or [slice(0, 0)]
         return tqdm(found, desc="annealing", disable=not progress)
 
-    def run(self, rows: slice, z: Tensor, betas: Tensor, step: Tensor, number: int, **settings: Any) -> op.Result:
-        """The call's run of this number, pilots first: z [n, C, L], step [n, T]; results without the replica dimension."""
+    def run(
+        self, rows: slice, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, number: int, **settings: float
+    ) -> op.Result:
+        """The call's run of this number, pilots first: z [n, C, L], step [n, T], scale_tril [n, W, L, L]; results without the
+        replica dimension."""
         model, x, replicas = self.model, self.x[rows], random.as_replicas(None, self.x.device)
         start = self.settings._replace(
             first_transition=number * self.temperatures, first_row=self.settings.first_row + rows.start, **settings
         )  # fmt: skip
         mean, log_scale = (t[rows][None].contiguous() for t in self.proposal)
-        tensors = (z[None].contiguous(), betas[None], step[None].contiguous(), mean, log_scale)
+        tensors = (z[None].contiguous(), betas[None], step[None].contiguous(), scale_tril[None].contiguous(), mean, log_scale)
         recognised = recognise_model(model, x)
         if recognised is not None:
             result = op.annealing_of_layers(x[None], *tensors, *recognised, self.key, replicas, start, self.backend)
@@ -130,26 +136,50 @@ class _Annealing:
         noise = [philox_normal(self.key, len(mean), latent_dim, repetition=chain, **common) for chain in range(chains)]
         return mean + log_std.exp() * torch.stack(noise, 1)
 
-    def find_steps(self, rows: slice) -> Tensor:
-        """Step sizes [n, T] by pilot runs: log eps is averaged over chains, and over temperatures nearby."""
-        step = self.x.new_full((rows.stop - rows.start, self.temperatures), self.step_size)
+    def tune(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Step sizes [n, T] and scales [n, W, L, L] by pilot runs: all but the last give scales for the next, the last one step
+        sizes; log eps is averaged over chains, and over temperatures nearby."""
         chains, width = min(self.chains, PILOT_CHAINS), self.temperatures // SMOOTHED
+        step = self.x.new_full((rows.stop - rows.start, self.temperatures), self.step_size)
+        scale_tril = torch.diag_embed(self.proposal.log_std[rows].exp())[:, None]
         for number in range(PILOTS):
             z = self.start(rows, chains, number)
-            found = self.run(rows, z, self.betas, step, number, rate=RATE, target=self.target)
-            # One chain after another: the order of a sum must not depend on the rows beside it.
-            log_step = functools.reduce(torch.add, found.steps.log().unbind(1)) / chains
-            step = F.avg_pool1d(log_step[:, None], 2 * width + 1, 1, width, count_include_pad=False)[:, 0].exp()
-        return step
+            found = self.run(rows, z, self.betas, step, scale_tril, number, rate=RATE, target=self.target)
+            if number + 1 < PILOTS:
+                scale_tril = scales(found.path, scale_tril)
+        # One chain after another: the order of a sum must not depend on the rows beside it.
+        log_step = sum(chain.log() for chain in found.steps.unbind(1)) / chains
+        return F.avg_pool1d(log_step[:, None], 2 * width + 1, 1, width, count_include_pad=False)[:, 0].exp(), scale_tril
 
-    def forward(self, rows: slice, step: Tensor) -> op.Result:
-        return self.run(rows, self.start(rows, self.chains, PILOTS), self.betas, step, PILOTS)
+    def forward(self, rows: slice, step: Tensor, scale_tril: Tensor) -> op.Result:
+        return self.run(rows, self.start(rows, self.chains, PILOTS), self.betas, step, scale_tril, PILOTS)
 
-    def reverse(self, rows: slice, step: Tensor, z: Tensor) -> op.Result:
-        """From exact draws z [n, L], with the step size that each temperature has on the way forward."""
+    def reverse(self, rows: slice, step: Tensor, scale_tril: Tensor, z: Tensor) -> op.Result:
+        """From exact draws z [n, L], with the step size and scales that each temperature has on the way forward."""
         step = torch.cat((step.flip(-1)[:, 1:], step[:, :1]), -1)
         at = z[:, None].expand(-1, self.chains, -1)
-        return self.run(rows, at, self.betas.flip(0), step, PILOTS + 1)
+        return self.run(rows, at, self.betas.flip(0), step, scale_tril.flip(1), PILOTS + 1)
+
+
+def scales(path: Tensor, before: Tensor) -> Tensor:
+    """Square roots [n, W, L, L] of the covariances of z within each chain and window of temperatures, from a path [n, C, T, L];
+    where too few draws are there, or they do not move, those ``before``."""
+    rows, chains, temperatures, latents = path.shape
+    windows = min(WINDOWS, temperatures * chains // (DRAWS * latents), temperatures)
+    if windows == 0:
+        return before
+    parts = []
+    for w in range(windows):
+        # Transition t is of window floor(t W / T). In float64: narrow posteriors have variances of 1e-6 beside 1.
+        some = path[:, :, -(-w * temperatures // windows) : -(-(w + 1) * temperatures // windows)].double()
+        centred = (some - some.mean(2, keepdim=True)).flatten(1, 2)
+        covariance = centred.mT @ centred / centred.shape[1]
+        least = LEAST_VARIANCE * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+        factor, failed = torch.linalg.cholesky_ex(covariance + torch.diag_embed(least[:, None].expand(-1, latents)))
+        good = (failed == 0) & torch.isfinite(factor).all(-1).all(-1)
+        old = before[:, w * before.shape[1] // windows]
+        parts.append(torch.where(good[:, None, None], factor.to(path.dtype), old))
+    return torch.stack(parts, 1)
 
 
 def _log_mean_weight(log_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +204,7 @@ def _annealing_of(
     settings = op.Settings(leapfrogs, jitter, 0.0, 0.0, 0, first_row)
     count = _count(temperatures)
     op.check_settings(settings._replace(target=target, first_transition=(PILOTS + 1) * count), count, model.latent_dim)
-    betas = (temperatures.detach().double() if isinstance(temperatures, Tensor) else sigmoid_betas(count)).to(x.device)
+    betas = (temperatures.detach().double() if isinstance(temperatures, Tensor) else power_betas(count)).to(x.device)
     if first_row + len(x) > random.INDEX_LIMIT:
         raise InputError("a row index past 2^32 does not fit the random numbers' counter")
     if isinstance(proposal, InferenceModel):
@@ -214,7 +244,7 @@ def annealed_log_likelihood(
     leapfrogs: int = 10,
     seed: int | Tensor | None = None,
     *,
-    target_acceptance: float = 0.65,
+    target_acceptance: float = 0.9,
     jitter: float = 0.5,
     step_size: float | None = None,
     first_row: int = 0,
@@ -230,14 +260,15 @@ def annealed_log_likelihood(
 
     Args:
         x: [N, D] (or [N, ...], flattened), the model's dtype and device.
-        proposal: where chains begin: a ``MeanFieldGaussian``, its q(x), a (mean, log_std) pair of [N, L], a torch ``Normal``,
-            or None for the prior. Its standard deviations are the scales of the transitions.
+        proposal: where chains begin: a ``MeanFieldGaussian``, its q(x), a (mean, log_std) pair of [N, L], a torch ``Normal``, or
+            None for the prior.
         chains: C, of each row. temperatures: T, or the inverse temperatures themselves, [T + 1], rising from 0 to 1.
         leapfrogs: of the one HMC transition at each temperature.
         seed: 0 .. 2^64 - 1, an int64 tensor, or None for torch's generator. first_row: global index of x[0], so that a shard
             draws what the whole would.
-        target_acceptance: what two pilot runs of at most 8 chains adapt the step sizes to, of each row and temperature; they
-            are frozen before the counted run. step_size: where adaptation starts, in units of the scales.
+        target_acceptance: what the step sizes of each row and temperature are adapted to. Three pilot runs of at most 8 chains
+            find them, and scales (a mass matrix for each of up to 20 windows of temperatures); both are frozen before the counted
+            run. step_size: where adaptation starts, in units of the scales.
         jitter: each transition's step size is multiplied by a uniform number in 1 -+ jitter, so that no path is periodic.
         progress: a bar over blocks of rows.
 
@@ -252,7 +283,7 @@ def annealed_log_likelihood(
         rise from 0 to 1, an unknown name. TypeError: wrong types or dtypes.
 
     Source:
-        Neal 2001; Wu, Burda, Salakhutdinov & Grosse 2017 (decoders, spacing of the temperatures).
+        Neal 2001; Wu, Burda, Salakhutdinov & Grosse 2017 (decoders); Friel & Pettitt 2008 (spacing of the temperatures).
     """
     x = check_rows(model, x)
     with torch.no_grad(), evaluation_mode(model):
@@ -261,8 +292,8 @@ def annealed_log_likelihood(
         )
         parts = []
         for rows in annealing.blocks(progress):
-            step = annealing.find_steps(rows)
-            found = annealing.forward(rows, step)
+            step, scale_tril = annealing.tune(rows)
+            found = annealing.forward(rows, step, scale_tril)
             parts.append((found.log_weights, found.acceptance.mean(-1), found.z, step))
         raw, acceptance, z, step = (torch.cat(part) for part in zip(*parts, strict=True))
         log_weights = _weightless(raw)
@@ -286,7 +317,7 @@ def bidirectional_gap(
     temperatures: int | Tensor = 1000,
     leapfrogs: int = 10,
     seed: int | Tensor | None = None,
-    target_acceptance: float = 0.65,
+    target_acceptance: float = 0.9,
     jitter: float = 0.5,
     step_size: float | None = None,
     first_row: int = 0,
@@ -337,9 +368,8 @@ def bidirectional_gap(
         )
         parts = []
         for rows in annealing.blocks(progress):
-            step = annealing.find_steps(rows)
-            forward = annealing.forward(rows, step)
-            reverse = annealing.reverse(rows, step, z[rows])
+            tuned = annealing.tune(rows)
+            forward, reverse = annealing.forward(rows, *tuned), annealing.reverse(rows, *tuned, z[rows])
             parts.append((*_log_mean_weight(_weightless(forward.log_weights)), *_log_mean_weight(reverse.log_weights)))
         lower, lower_error, below, upper_error = (torch.cat(part) for part in zip(*parts, strict=True))
     return BidirectionalGap(x, z, lower, lower_error, -below, upper_error, -below - lower)

@@ -12,7 +12,7 @@ from common import check_same_bits_for_any_number_of_threads, check_same_bits_fo
 from problems import problem
 from torch import Tensor
 
-from libi_fast.annealed import sigmoid_betas
+from libi_fast.annealed import power_betas
 from libi_fast.kernels import cpu
 from libi_fast.kernels.annealing import reference
 from libi_fast.kernels.annealing.reference import Result, Settings
@@ -24,6 +24,7 @@ if not cpu.available():
 
 F32, F64 = torch.float32, torch.float64
 SEED = torch.tensor(2**61 + 99)
+PER_ROW = ("step", "scale_tril", "mean", "log_scale")
 FROZEN = Settings(3, jitter=0.3, first_transition=5, first_row=9)
 ADAPTING = FROZEN._replace(rate=0.1, target=0.7)
 
@@ -35,6 +36,7 @@ class Annealing(NamedTuple):
     z: Tensor
     betas: Tensor
     step: Tensor
+    scale_tril: Tensor
     mean: Tensor
     log_scale: Tensor
     decoder: Decoder
@@ -46,22 +48,24 @@ class Annealing(NamedTuple):
                 return value.to(dtype) if value.is_floating_point() else value
             return [moved(v) for v in value] if isinstance(value, list) else value
 
-        tensors = {name: moved(getattr(self, name)) for name in ("x", "z", "step", "mean", "log_scale")}
+        tensors = {name: moved(getattr(self, name)) for name in ("x", "z", *PER_ROW)}
         return self._replace(**tensors, decoder=Decoder(*(moved(part) for part in self.decoder)))
 
     def rows(self, rows: slice) -> Annealing:
-        return self._replace(**{name: getattr(self, name)[:, rows] for name in ("x", "z", "step", "mean", "log_scale")})
+        return self._replace(**{name: getattr(self, name)[:, rows] for name in ("x", "z", *PER_ROW)})
 
     def temperatures(self, some: slice) -> Annealing:
+        """Some of them, within one window of scales."""
         return self._replace(betas=self.betas[:, some.start : some.stop + 1], step=self.step[:, :, some])
 
 
 def annealing(widths: list[int], activation: str = "tanh", likelihood: str = "gaussian", *, rows: int = 3, chains: int = 5,
-              temperatures: int = 12, step: float = 0.3, replicas: int = 1, **settings: Any) -> Annealing:  # fmt: skip
+              temperatures: int = 12, step: float = 0.3, replicas: int = 1, windows: int = 5, **settings: Any) -> Annealing:  # fmt: skip
     p = problem(widths, activation, likelihood, rows=rows, num_samples=1, replicas=replicas, **settings)
     z = p.mean[:, :, None] + 0.5 * torch.randn(replicas, rows, chains, widths[0])
     steps = step * (0.5 + torch.rand(replicas, rows, temperatures))
-    return Annealing(p.x, z, sigmoid_betas(temperatures)[None], steps, p.mean, p.log_scale, p.decoder, p.replicas)
+    scale_tril = 0.3 * torch.randn(replicas, rows, windows, widths[0], widths[0]) + torch.eye(widths[0])
+    return Annealing(p.x, z, power_betas(temperatures)[None], steps, scale_tril, p.mean, p.log_scale, p.decoder, p.replicas)
 
 
 def noise(c: Annealing) -> Noise:
@@ -69,7 +73,7 @@ def noise(c: Annealing) -> Noise:
 
 
 def native(c: Annealing, settings: Settings) -> Result:
-    tensors = (c.x, c.z.contiguous(), c.betas, c.step.contiguous(), c.mean, c.log_scale)
+    tensors = (c.x, c.z.contiguous(), c.betas, c.step.contiguous(), c.scale_tril, c.mean, c.log_scale)
     return cpu.annealing(*tensors, c.decoder, noise(c), settings)
 
 
@@ -77,7 +81,7 @@ def exact(c: Annealing, settings: Settings) -> Result:
     def density(rows: slice, z: Tensor) -> tuple[Tensor, Tensor]:
         return log_joint(c.decoder, c.x[:, rows, None], z)
 
-    tensors = (c.z, c.betas, c.step, c.mean, c.log_scale)
+    tensors = (c.z, c.betas, c.step, c.scale_tril, c.mean, c.log_scale)
     return reference.run(density, *tensors, noise(c), settings, c.decoder.widest)
 
 
@@ -106,6 +110,8 @@ def test_float64_follows_the_reference(widths: list[int], activation: str, likel
         assert_close(found, exact(way, settings))
         assert 0.2 < found.acceptance.mean() < 1 and (found.z != c.z).any(-1).float().mean() > 0.9
         assert found.steps.shape[-1] == (12 if settings.rate else 0)
+        if settings.rate:
+            assert torch.equal(found.path[:, :, :, -1], found.z)
         assert found.log_weights.std() > 0.1
 
 
@@ -139,7 +145,7 @@ def test_float32_is_float64_to_its_accuracy() -> None:
 
 
 def test_one_call_is_many() -> None:
-    c = annealing([2, 20, 3]).to(F64)
+    c = annealing([2, 20, 3], windows=1).to(F64)
     whole, log_weights, at = native(c, FROZEN), 0.0, c
     for t in range(12):
         part = native(at.temperatures(slice(t, t + 1)), FROZEN._replace(first_transition=5 + t))
@@ -162,7 +168,7 @@ def test_replicas_share_what_they_may() -> None:
     c = c._replace(x=c.x[:1])
     found = native(c, FROZEN)
     for r in range(3):
-        own = {name: getattr(c, name)[r : r + 1] for name in ("z", "step", "mean", "log_scale", "replicas")}
+        own = {name: getattr(c, name)[r : r + 1] for name in ("z", *PER_ROW, "replicas")}
         alone = native(c._replace(**own), FROZEN)
         assert torch.equal(alone.log_weights, found.log_weights[r : r + 1])
 
@@ -183,7 +189,7 @@ def test_a_chain_that_starts_at_nan_stays_and_harms_no_other() -> None:
 def test_nothing_to_do() -> None:
     c = annealing([2, 6, 2])
     empty = native(c.rows(slice(0, 0)), ADAPTING)
-    assert empty.z.shape == (1, 0, 5, 2) and empty.steps.shape == (1, 0, 5, 12)
+    assert empty.z.shape == (1, 0, 5, 2) and empty.path.shape == (1, 0, 5, 12, 2)
     assert [t.shape for t in exact(c.rows(slice(0, 0)), ADAPTING)] == [t.shape for t in empty]
 
 
@@ -216,7 +222,7 @@ def test_bad_betas_are_refused() -> None:
         native(c.temperatures(slice(0, 0)), FROZEN)
 
 
-@pytest.mark.parametrize("name", ["x", "z", "step", "mean", "log_scale"])
+@pytest.mark.parametrize("name", ["x", "z", *PER_ROW])
 def test_tensors_of_other_rows_are_refused(name: str) -> None:
     """The kernel reads as far as the shapes of others say."""
     c = annealing([2, 6, 2])

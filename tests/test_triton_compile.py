@@ -91,10 +91,11 @@ def annealing_launches(model: Decoder, rows: int, count: int, rate: float = 0.0)
     x, mean = torch.empty(1, rows, outputs, device=META), torch.empty(1, rows, latent_dim, device=META)
     z, step = torch.empty(1, rows, count, latent_dim, device=META), torch.empty(1, rows, temperatures, device=META)
     betas = torch.empty(1, temperatures + 1, dtype=torch.float64, device=META)
+    scales = torch.empty(1, rows, 20, latent_dim, latent_dim, device=META)
     seed, replicas = torch.empty((), dtype=torch.int64, device=META), torch.empty(1, dtype=torch.int64, device=META)
     noise = Noise(seed, replicas, (1, 2), reference_normal, reference_uniform)
     with gpu.recorded() as launches:
-        annealing.run(x, z, betas, step, mean, mean, model, noise, annealing.Settings(10, 0.5, rate, 0.7))
+        annealing.run(x, z, betas, step, scales, mean, mean, model, noise, annealing.Settings(10, 0.5, rate, 0.7))
     return launches
 
 

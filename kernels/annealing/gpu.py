@@ -2,8 +2,8 @@ r"""Annealed importance sampling of reference.py in Triton for narrow decoders: 
 
 A lane has a chain, and half of it where chains are few, as in ../chains/gpu.py, whose decoder and random numbers these are.
 log p(x, z) and its gradient stay in registers between temperatures, so that one costs its leapfrogs and a tenth: two of q's
-densities, and a step size of its row from memory. A leapfrog costs q's slope more than there, 4 L instructions beside about a
-thousand.
+densities, and its row's step size and scales from memory. A leapfrog costs q's slope and two products with S more than there,
+4 L + L (L + 1) instructions beside about a thousand.
 """
 # mypy: disable-error-code="assignment, var-annotated"
 # In Triton's language a loop that is unrolled may grow a tuple.
@@ -47,26 +47,54 @@ def standardised(z, mean, inverse, L: tl.constexpr):
 
 
 @triton.jit
-def kick(u, h, part, slope, z, mean, inverse, b, L: tl.constexpr):
-    """u + part h times the gradient of log f_b; slope: of log p(x, z)."""
-    kicked = ()
+def triangle_of(pointer, L: tl.constexpr):
+    """S, row after row of what is not above its diagonal."""
+    values = ()
+    for l in tl.static_range(L):
+        for k in tl.static_range(l + 1):
+            values = values + (tl.load(pointer + l * L + k),)
+    return values
+
+
+@triton.jit
+def kick(u, h, slope, z, mean, inverse, b, triangle, L: tl.constexpr):
+    """u + h S' times the gradient of log f_b; slope: of log p(x, z)."""
+    pull = ()
     for l in tl.static_range(L):
         of_q = (mean[l] - z[l]) * (inverse[l] * inverse[l])
-        kicked = kicked + (u[l] + part * h[l] * (b * slope[l] + (1.0 - b) * of_q),)
+        pull = pull + (b * slope[l] + (1.0 - b) * of_q,)
+    kicked = ()
+    for l in tl.static_range(L):
+        total = triangle[l * (l + 1) // 2 + l] * pull[l]
+        for k in tl.static_range(l + 1, L):
+            total += triangle[k * (k + 1) // 2 + l] * pull[k]
+        kicked = kicked + (u[l] + h * total,)
     return kicked
+
+
+@triton.jit
+def move(z, h, u, triangle, L: tl.constexpr):
+    """z + h S u."""
+    moved = ()
+    for l in tl.static_range(L):
+        total = triangle[l * (l + 1) // 2] * u[0]
+        for k in tl.static_range(1, l + 1):
+            total += triangle[l * (l + 1) // 2 + k] * u[k]
+        moved = moved + (z[l] + h * total,)
+    return moved
 
 
 # Sizes and counters change from call to call, and nothing is gained by a kernel compiled for a multiple of 16 of them.
 COUNTS = (
-    "rows", "chains", "temperatures", "leapfrogs", "first_transition", "first_row", "momentum_stream", "acceptance_stream",
+    "rows", "chains", "temperatures", "windows", "leapfrogs", "first_transition", "first_row", "momentum_stream", "acceptance_stream",
     "x_step", "table_step", "bias_step", "variance_step",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def annealing_kernel(
-    seed, replicas, x, z_start, betas, step, mean, log_scale, table, bias, variance, last, log_weights, acceptance, steps_out,
-    rows, chains, temperatures, leapfrogs, jitter, rate, target, first_transition, first_row, momentum_stream,
+    seed, replicas, x, z_start, betas, step, scale_tril, mean, log_scale, table, bias, variance, last, log_weights, acceptance,
+    steps_out, path, rows, chains, temperatures, windows, leapfrogs, jitter, rate, target, first_transition, first_row, momentum_stream,
     acceptance_stream, x_step, table_step, bias_step, variance_step,
     L: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr,
     OUTPUT: tl.constexpr, LIKELIHOOD: tl.constexpr, ADAPT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
@@ -104,14 +132,12 @@ def annealing_kernel(
         x_d = x_d + (tl.load(x + replica * x_step + row * D + d),)
     z = ()
     centre = ()
-    scale = ()
     inverse = ()
     for l in tl.static_range(L):
         z = z + (tl.load(z_start + own * L + l),)
         centre = centre + (tl.load(mean + line * L + l),)
         log_s = tl.load(log_scale + line * L + l)
         constant += log_s
-        scale = scale + (exp(log_s),)
         inverse = inverse + (exp(-log_s),)
 
     offset = tl.zeros((BLOCK, LANES), tl.float32)  # of the log of the step size
@@ -131,12 +157,11 @@ def annealing_kernel(
         eps = tl.load(step + line * temperatures + now)
         if ADAPT:
             eps *= exp(offset)
-        jittered = eps * (1.0 + jitter * (2.0 * w - 1.0))
+        h = tl.where(t < 0, 0.0, eps * (1.0 + jitter * (2.0 * w - 1.0)))
+        triangle = triangle_of(scale_tril + (line * windows + tl.cast(now, tl.int64) * windows // temperatures) * (L * L), L)
         u = ()
-        h = ()
         for l in tl.static_range(L):
             u = u + (drawn[l],)
-            h = h + (tl.where(t < 0, 0.0, jittered * scale[l]),)
 
         before, after = tl.load(betas + now), tl.load(betas + now + 1)
         b = after.to(tl.float32)
@@ -145,17 +170,14 @@ def annealing_kernel(
         energy = 0.5 * squares_of(u, L) - (b * value + (1.0 - b) * of_q)
         moved = z
         there = slope
-        u = kick(u, h, 0.5, there, moved, centre, inverse, b, L)
+        u = kick(u, 0.5 * h, there, moved, centre, inverse, b, triangle, L)
         sums = zeros_of(D + D * L, BLOCK, LANES)
         steps = tl.where(t < 0, 1, leapfrogs)
         for k in range(0, steps):
-            on = ()
-            for l in tl.static_range(L):
-                on = on + (moved[l] + h[l] * u[l],)
-            moved = on
+            moved = move(moved, h, u, triangle, L)
             sums = decode(moved, table, bias, L, D, STEPS, UNROLL, ACTIVATION, True, BLOCK, LANES)
             there = gradient_of(sums, moved, x_d, precisions, L, D, ACTIVATION, OUTPUT, LIKELIHOOD)
-            u = kick(u, h, tl.where(k + 1 < steps, 1.0, 0.5), there, moved, centre, inverse, b, L)
+            u = kick(u, tl.where(k + 1 < steps, h, 0.5 * h), there, moved, centre, inverse, b, triangle, L)
         new_value = log_density_of(sums, moved, x_d, precisions, L, D, OUTPUT, LIKELIHOOD)
         of_q = -0.5 * squares_of(standardised(moved, centre, inverse, L), L)
         gain = energy - (0.5 * squares_of(u, L) - (b * new_value + (1.0 - b) * of_q))
@@ -174,6 +196,8 @@ def annealing_kernel(
             accepted += probability
             if ADAPT:
                 tl.store(steps_out + own * temperatures + t, eps, mask=valid)
+                for l in tl.static_range(L):
+                    tl.store(path + (own * temperatures + t) * L + l, z[l], mask=valid)
                 offset += rate * (probability - target)
 
     for l in tl.static_range(L):
@@ -183,20 +207,21 @@ def annealing_kernel(
 
 
 def run(
-    x: Tensor, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder, noise: Noise,
-    settings: Settings,
+    x: Tensor, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, mean: Tensor, log_scale: Tensor, decoder: Decoder,
+    noise: Noise, settings: Settings,
 ) -> Result:  # fmt: skip
     """As ``kernels.annealing.reference.run`` on chains' ``log_joint``; float32 but for betas."""
     replicas, rows, chains, latent_dim = z.shape
     outputs, temperatures = x.shape[-1], betas.shape[-1] - 1
     adapts = settings.rate > 0
+    told = (*z.shape[:3], temperatures if adapts else 0)
     result = Result(
-        torch.empty_like(z), z.new_empty(z.shape[:3]), z.new_empty(z.shape[:3]),
-        z.new_empty((*z.shape[:3], temperatures if adapts else 0)),
+        torch.empty_like(z), z.new_empty(z.shape[:3]), z.new_empty(z.shape[:3]), z.new_empty(told),
+        z.new_empty((*told, latent_dim)),
     )  # fmt: skip
     if not result.log_weights.numel():
         return result
-    x, z, step, mean, log_scale = (t.contiguous() for t in (x, z, step, mean, log_scale))
+    x, z, step, scale_tril, mean, log_scale = (t.contiguous() for t in (x, z, step, scale_tril, mean, log_scale))
     betas = betas.to(x.device).expand(replicas, -1).contiguous()
     packed = gpu_narrow.pack(decoder)
     table, steps = pair(packed)
@@ -206,8 +231,8 @@ def run(
         block, lanes = block_of(configuration), configuration["lanes"]
         gpu.launch(
             annealing_kernel, (replicas * triton.cdiv(rows * chains, block),),
-            noise.seed, noise.replicas, x, z, betas, step, mean, log_scale, table, packed.bias, variance, *result,
-            rows, chains, temperatures, settings.leapfrogs, float(settings.jitter), float(settings.rate),
+            noise.seed, noise.replicas, x, z, betas, step, scale_tril, mean, log_scale, table, packed.bias, variance, *result,
+            rows, chains, temperatures, scale_tril.shape[2], settings.leapfrogs, float(settings.jitter), float(settings.rate),
             float(settings.target), settings.first_transition, settings.first_row, *noise.streams,
             step_of(x), step_of(table), step_of(packed.bias), step_of(variance),
             L=latent_dim, D=outputs, STEPS=steps, UNROLL=packed.unroll, ACTIVATION=packed.activation,

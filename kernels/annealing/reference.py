@@ -12,10 +12,14 @@ log p(x, z) = log p(x | decoder(z)) + log N(z; 0, I). For t = 0 .. T - 1, from l
 With betas from 0 to 1 and z from q, E[w] = p(x_n), and log mean w is a lower bound in expectation. From 1 to 0 and z from
 p(z | x_n), E[w] = 1 / p(x_n): the upper bound of bidirectional Monte Carlo (Grosse, Ghahramani & Adams 2015).
 
-The transition is that of ../chains/reference.py with the scales of q: K leapfrogs of eps scale, eps = step[n, t] exp(a) times
-1 + jitter (2 v - 1). a is 0, and with a rate > 0 (a pilot run, whose weights mean nothing) each chain moves it after each
-transition by rate (acceptance probability - target). log p(x, z) and its gradient are kept where a chain stands and do not
-depend on b, so that a call evaluates them T K + 1 times for each chain.
+The transition is that of ../chains/reference.py with a matrix S in place of its scales, so that velocities h S u have the mass
+matrix (S S')^-1: with u ~ N(0, I) and the gradient g of log f_b
+
+    u += (h/2) S' g(z),  then K times  z += h S u,  u += h S' g(z)  (h/2 at the last),     h = step[n, t] exp(a) (1 + jitter (2 v - 1)).
+
+S, lower triangular, is number floor(t W / T) of W for the row. a is 0, and with a rate > 0 (a pilot run, whose weights mean
+nothing) each chain moves it after each transition by rate (acceptance probability - target). log p(x, z) and its gradient are
+kept where a chain stands and do not depend on b, so that a call evaluates them T K + 1 times for each chain.
 
 log w is summed in float64. Counters: as of chains, transition t of the call being first_transition + t.
 """
@@ -44,21 +48,23 @@ class Settings(NamedTuple):
 
 class Result(NamedTuple):
     """z [R, N, C, L] at the end; log w and the mean acceptance probability of each chain [R, N, C]; with a rate > 0 the step
-    size of each transition, without its jitter, [R, N, C, T], else [R, N, C, 0]."""
+    size of each transition, without its jitter, [R, N, C, T], and z after it [R, N, C, T, L], else [R, N, C, 0], [R, N, C, 0, L].
+    """
 
     z: Tensor
     log_weights: Tensor
     acceptance: Tensor
     steps: Tensor
+    path: Tensor
 
 
 class _Path:
     """The densities f_b of some rows; mean and log_scale [R, n, 1, L]."""
 
-    def __init__(self, density: Density, mean: Tensor, log_scale: Tensor):
-        self.density, self.mean, self.log_scale, self.scale = density, mean, log_scale, log_scale.exp()
-        self.b = mean.new_zeros(())  # [R or 1, 1, 1]
-        self.joint = self.slope = mean  # log p(x, z) and its gradient where f_b was last evaluated
+    def __init__(self, density: Density, rows: slice, mean: Tensor, log_scale: Tensor):
+        self.density, self.rows = density, rows
+        self.mean, self.log_scale, self.scale = mean, log_scale, log_scale.exp()
+        self.b = 0.0
 
     def log_q(self, z: Tensor) -> Tensor:
         return -(0.5 * (((z - self.mean) / self.scale).square() + LOG_2PI) + self.log_scale).sum(-1)
@@ -69,22 +75,37 @@ class _Path:
         b = self.b[..., None]
         return (1 - self.b) * self.log_q(z) + self.b * joint, (1 - b) * to_q + b * slope
 
-    def __call__(self, rows: slice, z: Tensor) -> tuple[Tensor, Tensor]:
-        self.joint, self.slope = self.density(rows, z)
-        return self.between(z, self.joint, self.slope)
+    def propose(self, z: Tensor, joint: Tensor, slope: Tensor, u: Tensor, h: Tensor, scale_tril: Tensor, leapfrogs: int):
+        """New z, log p(x, z) and its gradient after leapfrogs of h [R, n, C, 1], and the change of the energy; scale_tril
+        [R, n, L, L]."""
+        last = z, joint, slope
+
+        def density(_: slice, moved: Tensor) -> tuple[Tensor, Tensor]:
+            """log f_b at z + S moved, and its gradient to moved."""
+            nonlocal last
+            at = z + moved @ scale_tril.mT
+            last = at, *self.density(self.rows, at)
+            value, gradient = self.between(*last)
+            return value, gradient @ scale_tril
+
+        value, gradient = self.between(z, joint, slope)
+        _, new_value, _, new_u = leapfrog(density, self.rows, torch.zeros_like(z), gradient @ scale_tril, u, h, leapfrogs)
+        return *last, 0.5 * (new_u.square() - u.square()).sum(-1) - (new_value - value)
 
 
 def _run_rows(
-    density: Density, rows: slice, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, noise: Noise,
-    settings: Settings,
+    density: Density, rows: slice, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, mean: Tensor,
+    log_scale: Tensor, noise: Noise, settings: Settings,
 ) -> Result:  # fmt: skip
-    chains, latents = z.shape[-2:]
-    path = _Path(density, mean, log_scale)
+    (chains, latents), temperatures, windows = z.shape[-2:], betas.shape[-1] - 1, scale_tril.shape[2]
+    path = _Path(density, rows, mean, log_scale)
     joint, slope = density(rows, z)
-    temperatures = betas.shape[-1] - 1
-    log_weights = torch.zeros_like(joint, dtype=torch.float64)
-    offset, sum_acceptance = torch.zeros_like(joint), torch.zeros_like(joint)
-    steps = []
+    log_weights, offset, sum_acceptance = (
+        torch.zeros_like(joint, dtype=torch.float64),
+        torch.zeros_like(joint),
+        torch.zeros_like(joint),
+    )
+    steps, visited = [], []
     in_sequence = slice(settings.first_row + rows.start, settings.first_row + rows.stop)
     for block in blocks(temperatures, TRANSITIONS_AT_ONCE):
         moved = slice(settings.first_transition + block.start, settings.first_transition + block.stop)
@@ -96,40 +117,44 @@ def _run_rows(
             log_weights = log_weights + (after - before) * (joint - path.log_q(z)).double()
             path.b = after.to(z.dtype)
             eps = step[:, :, t, None] * offset.exp()
-            h = (eps * (1 + settings.jitter * (2 * v_step - 1)))[..., None] * path.scale
-            value, gradient = path.between(z, joint, slope)
-            new_z, new_value, _, new_u = leapfrog(path, rows, z, gradient, u, h, settings.leapfrogs)
-            change = 0.5 * (new_u.square() - u.square()).sum(-1) - (new_value - value)
+            h = (eps * (1 + settings.jitter * (2 * v_step - 1)))[..., None]
+            scales = scale_tril[:, :, t * windows // temperatures]
+            new_z, new_joint, new_slope, change = path.propose(z, joint, slope, u, h, scales, settings.leapfrogs)
             probability = (-change).exp().clamp_max(1).nan_to_num(0.0)
             accept = v_accept.log() < -change
             z = torch.where(accept[..., None], new_z, z)
-            slope = torch.where(accept[..., None], path.slope, slope)
-            joint = torch.where(accept, path.joint, joint)
+            slope = torch.where(accept[..., None], new_slope, slope)
+            joint = torch.where(accept, new_joint, joint)
             sum_acceptance = sum_acceptance + probability
             if settings.rate:
                 steps.append(eps)
+                visited.append(z)
                 offset = offset + settings.rate * (probability - settings.target)
-    return Result(
-        z, log_weights.to(z.dtype), sum_acceptance / temperatures,
-        torch.stack(steps, -1) if settings.rate else z.new_empty((*joint.shape, 0)),
-    )  # fmt: skip
+    told = (torch.stack(steps, 3), torch.stack(visited, 3)) if settings.rate else _nothing(z)
+    return Result(z, log_weights.to(z.dtype), sum_acceptance / temperatures, *told)
+
+
+def _nothing(z: Tensor, temperatures: int = 0) -> tuple[Tensor, Tensor]:
+    return z.new_empty((*z.shape[:3], temperatures)), z.new_empty((*z.shape[:3], temperatures, z.shape[3]))
 
 
 def run(
-    density: Density, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, noise: Noise, settings: Settings,
-    widest: int,
+    density: Density, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, mean: Tensor, log_scale: Tensor, noise: Noise,
+    settings: Settings, widest: int,
 ) -> Result:  # fmt: skip
-    """Chains from z [R, N, C, L] over betas [R or 1, T + 1] (float64) with step sizes [R, N, T] and q's mean and log_scale
-    [R, N, L]; ``density`` is log p(x, z), ``widest`` the values that a point of it needs at once."""
-    replicas, n, chains, _ = z.shape
+    """Chains from z [R, N, C, L] over betas [R or 1, T + 1] (float64) with step sizes [R, N, T], S [R, N, W, L, L] (what is above
+    the diagonal is not looked at) and q's mean and log_scale [R, N, L]; ``density`` is log p(x, z), ``widest`` the values
+    that a point of it needs at once."""
+    replicas, n, chains, latents = z.shape
     at_once = max(1, TILE_VALUES // (widest * replicas * max(chains, 1)))
     parts = [
         _run_rows(
-            density, rows, z[:, rows], betas, step[:, rows], mean[:, rows, None], log_scale[:, rows, None], noise, settings
+            density, rows, z[:, rows], betas, step[:, rows], scale_tril[:, rows].tril(), mean[:, rows, None],
+            log_scale[:, rows, None], noise, settings,
         )
         for rows in blocks(n, at_once)
     ]  # fmt: skip
     if not parts:
         empty = z.new_empty((replicas, 0, chains))
-        return Result(z, empty, empty, z.new_empty((replicas, 0, chains, (betas.shape[-1] - 1) * bool(settings.rate))))
+        return Result(z, empty, empty, *_nothing(z, (betas.shape[-1] - 1) * bool(settings.rate)))
     return Result(*(torch.cat(p, 1) for p in zip(*parts, strict=True)))

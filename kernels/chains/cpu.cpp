@@ -24,22 +24,34 @@ struct AdaptedRoom : Room<T> {
 // Chains on p(x, z) itself.
 template <class T>
 struct Joint {
-    const Room<T>& room;
-    Vector<T> slope(int64_t, int64_t, int64_t, Vector<T> of_joint) const { return of_joint; }
-    Vector<T> gain(int64_t s) const { return load<T>(room.moved + s) - load<T>(room.value + s); }
+    using V = Vector<T>;
+    const Plan<T>& plan;
+    Space<T>& space;
+    Room<T>& room;
+
+    V h(int64_t s, int64_t at) const { return load<T>(room.h + s) * load<T>(space.scale + at); }
+    void advance(const T* gradient, bool half, bool moves) const {
+        over_latents(plan, space, [&](int64_t l, int64_t s, int64_t at) {
+            const V by = h(s, at), kick = half ? all<T>(static_cast<T>(0.5)) * by : by;
+            const V u = multiply_add(kick, load<T>(gradient + at), load<T>(room.u + at));
+            store<T>(room.u + at, u);
+            if (moves) move<T>(space, l, s, by * u);
+        });
+    }
+    V gain(int64_t s) const { return load<T>(room.moved + s) - load<T>(room.value + s); }
 };
 
 // A proposal in space and room.moved, and what it costs in room.change.
 template <class T>
 void propose(const Chains& call, const Plan<T>& plan, int64_t r, int64_t t, Space<T>& space, Room<T>& room) {
     draw_momenta(plan, t, space, room);
-    const Joint<T> joint{room};
+    const Joint<T> joint{plan, space, room};
     if (call.method != kRandomWalk) {
         leapfrog(plan, r, call.method == kHmc ? call.leapfrogs : 1, joint, space, room);
         return;
     }
     over_latents(plan, space, [&](int64_t l, int64_t s, int64_t at) {
-        move<T>(space, l, s, load<T>(room.h + s) * load<T>(space.scale + at) * load<T>(room.u + at));
+        move<T>(space, l, s, joint.h(s, at) * load<T>(room.u + at));
     });
     evaluate<T, false>(plan, r, space, room);
     over_lanes(space, [&](int64_t s) { store<T>(room.change + s, -joint.gain(s)); });

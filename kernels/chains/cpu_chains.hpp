@@ -196,13 +196,12 @@ void draw_momenta(const Plan<T>& plan, int64_t t, const Space<T>& space, Room<T>
 }
 
 // A proposal in space and room.moved, and what it costs in room.change. The chains' density is what the target makes of
-// p(x, z): target.slope(l, s, at, g), its gradient where the position is, g that of log p(x, z) there; target.gain(s), what
-// its logarithm gains from where the chains stand to where the position is.
+// p(x, z): target.advance(gradient, half, moves) adds h, or half of it, times its slope to the momenta, the gradient [latents][64]
+// being that of log p(x, z) where the position is, and moves the position along them; target.gain(s) is what its logarithm
+// gains from where the chains stand to where the position is.
 template <class T, class Target>
 void leapfrog(const Plan<T>& plan, int64_t r, int64_t steps, const Target& target, Space<T>& space, Room<T>& room) {
     using V = Vector<T>;
-    const V half = all<T>(static_cast<T>(0.5));
-    const auto h = [&](int64_t s, int64_t at) { return load<T>(room.h + s) * load<T>(space.scale + at); };
     const auto kinetic = [&](int64_t s) {  // doubled
         V sum = V{};
         for (int64_t l = 0; l < plan.latents; ++l) {
@@ -212,24 +211,14 @@ void leapfrog(const Plan<T>& plan, int64_t r, int64_t steps, const Target& targe
         return sum;
     };
     over_lanes(space, [&](int64_t s) { store<T>(room.kinetic + s, kinetic(s)); });
-    over_latents(plan, space, [&](int64_t l, int64_t s, int64_t at) {
-        const V by = h(s, at), slope = target.slope(l, s, at, load<T>(room.gradient + at));
-        const V u = multiply_add(half * by, slope, load<T>(room.u + at));
-        store<T>(room.u + at, u);
-        move<T>(space, l, s, by * u);
-    });
-    for (int64_t k = 0; k < steps; ++k) {
+    target.advance(room.gradient, true, true);
+    for (int64_t k = 1; k <= steps; ++k) {
         evaluate<T, true>(plan, r, space, room);
-        const bool last = k + 1 == steps;
-        over_latents(plan, space, [&](int64_t l, int64_t s, int64_t at) {
-            const V by = h(s, at), slope = target.slope(l, s, at, load<T>(room.slope + at));
-            const V u = multiply_add(last ? half * by : by, slope, load<T>(room.u + at));
-            store<T>(room.u + at, u);
-            if (!last) move<T>(space, l, s, by * u);
-        });
+        target.advance(room.slope, k == steps, k < steps);
     }
     over_lanes(space, [&](int64_t s) {
-        store<T>(room.change + s, half * (kinetic(s) - load<T>(room.kinetic + s)) - target.gain(s));
+        const V change = all<T>(static_cast<T>(0.5)) * (kinetic(s) - load<T>(room.kinetic + s));
+        store<T>(room.change + s, change - target.gain(s));
     });
 }
 

@@ -36,43 +36,46 @@ def _unpack(parameters, variance, activations, has_bias, likelihood, seed, repli
     return layers.decoder(parameters, variance), _noise(seed, replicas), Settings(*settings)
 
 
-def _reference(x, z, betas, step, mean, log_scale, *rest):
+def _reference(x, z, betas, step, scale_tril, mean, log_scale, *rest):
     decoder, noise, settings = _unpack(*rest)
 
     def density(rows: slice, at: Tensor) -> tuple[Tensor, Tensor]:
         return log_joint(decoder, x[:, rows, None], at)
 
-    return tuple(reference.run(density, z, betas, step, mean, log_scale, noise, settings, decoder.widest))
+    return tuple(reference.run(density, z, betas, step, scale_tril, mean, log_scale, noise, settings, decoder.widest))
 
 
-def _cpu(x, z, betas, step, mean, log_scale, *rest):
-    return tuple(native.annealing(x, z, betas, step, mean, log_scale, *_unpack(*rest)))
+def _cpu(x, z, betas, step, scale_tril, mean, log_scale, *rest):
+    return tuple(native.annealing(x, z, betas, step, scale_tril, mean, log_scale, *_unpack(*rest)))
 
 
-def _triton(x, z, betas, step, mean, log_scale, *rest):
+def _triton(x, z, betas, step, scale_tril, mean, log_scale, *rest):
     from libi_fast.kernels.annealing import gpu
 
-    return tuple(gpu.run(x, z, betas, step, mean, log_scale, *_unpack(*rest)))
+    return tuple(gpu.run(x, z, betas, step, scale_tril, mean, log_scale, *_unpack(*rest)))
 
 
-def _narrow_only(x, z, betas, *rest):
+def _narrow_only(x, z, betas, step, scale_tril, mean, log_scale, *rest):
     from libi_fast.kernels.chains import gpu
 
-    return _float32_only(x, z, *rest) or gpu.refusal(_unpack(*rest[3:])[0])
+    return _float32_only(x, z, step, scale_tril, mean, log_scale, *rest) or gpu.refusal(_unpack(*rest)[0])
 
 
-def _fake(x, z, betas, step, mean, log_scale, parameters, variance, activations, has_bias, likelihood, seed, replicas,
-          leapfrogs, jitter, rate, *settings):  # fmt: skip
+def _fake(x, z, betas, step, scale_tril, mean, log_scale, parameters, variance, activations, has_bias, likelihood, seed,
+          replicas, leapfrogs, jitter, rate, *settings):  # fmt: skip
     shape = z.shape[:3]
     temperatures = betas.shape[-1] - 1 if rate > 0 else 0
-    return torch.empty_like(z), z.new_empty(shape), z.new_empty(shape), z.new_empty((*shape, temperatures))
+    return (
+        torch.empty_like(z), z.new_empty(shape), z.new_empty(shape), z.new_empty((*shape, temperatures)),
+        z.new_empty((*shape, temperatures, z.shape[3])),
+    )  # fmt: skip
 
 
 _annealing = lib.define(
     "annealing",
-    f"(Tensor x, Tensor z, Tensor betas, Tensor step, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}Tensor seed, "
-    "Tensor replicas, SymInt leapfrogs, float jitter, float rate, float target, SymInt first_transition, SymInt first_row, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor z, Tensor betas, Tensor step, Tensor scale_tril, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}"
+    "Tensor seed, Tensor replicas, SymInt leapfrogs, float jitter, float rate, float target, SymInt first_transition, SymInt first_row, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     {"reference": _reference, "cpu": _cpu, "triton": _triton},
     _fake,
     limits={"triton": _narrow_only},
@@ -99,23 +102,23 @@ def check_settings(settings: Settings, temperatures: int, latent_dim: int) -> No
 
 
 def annealing_of_layers(
-    x: Tensor, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, layers: Layers,
+    x: Tensor, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, mean: Tensor, log_scale: Tensor, layers: Layers,
     parameters: Sequence[Tensor], variance: Tensor, seed: Tensor, replicas: Tensor, settings: Settings, backend: str = "",
 ) -> Result:  # fmt: skip
-    """A recognised decoder. x [R or 1, N, D], z [R, N, C, L], betas [R or 1, T + 1] float64, step [R, N, T], mean and
+    """A recognised decoder. x [R or 1, N, D], z [R, N, C, L], betas [R or 1, T + 1] float64, step [R, N, T], scale_tril [R, N, W, L, L], mean and
     log_scale of q [R, N, L]; parameters with R or 1 in front; variance likewise."""
     check_layers(x, layers, parameters, variance)
     with torch.no_grad():
         return Result(*_annealing(
-            x, z, betas, step, mean, log_scale, list(parameters), variance, ",".join(layers.activations), list(layers.has_bias),
+            x, z, betas, step, scale_tril, mean, log_scale, list(parameters), variance, ",".join(layers.activations), list(layers.has_bias),
             layers.likelihood, seed, replicas, *settings, backend,
         ))  # fmt: skip
 
 
 def annealing_of_density(
-    density: Density, z: Tensor, betas: Tensor, step: Tensor, mean: Tensor, log_scale: Tensor, seed: Tensor, replicas: Tensor,
-    settings: Settings, widest: int,
+    density: Density, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, mean: Tensor, log_scale: Tensor, seed: Tensor,
+    replicas: Tensor, settings: Settings, widest: int,
 ) -> Result:  # fmt: skip
     """Any log p(x, z), with its gradient: see ``kernels.annealing.reference.run``."""
     with torch.no_grad():
-        return reference.run(density, z, betas, step, mean, log_scale, _noise(seed, replicas), settings, widest)
+        return reference.run(density, z, betas, step, scale_tril, mean, log_scale, _noise(seed, replicas), settings, widest)

@@ -41,14 +41,14 @@ class Case(dict):
         return Case({**self, **changes})
 
     def rows(self, rows: slice) -> Case:
-        return self.changed(**{name: self[name][:, rows] for name in ("x", "z", "step", "mean", "log_scale")})
+        return self.changed(**{name: self[name][:, rows] for name in ("x", "z", "step", "scale_tril", "mean", "log_scale")})
 
 
-def run_reference(x, z, betas, step, mean, log_scale, decoder, noise: Noise, settings: Settings) -> Result:
+def run_reference(x, z, betas, step, scale_tril, mean, log_scale, decoder, noise: Noise, settings: Settings) -> Result:
     def density(rows: slice, at: Tensor):
         return log_joint(decoder, x[:, rows, None], at)
 
-    return reference.run(density, z, betas, step, mean, log_scale, noise, settings, decoder.widest)
+    return reference.run(density, z, betas, step, scale_tril, mean, log_scale, noise, settings, decoder.widest)
 
 
 def case(widths: list[int], *options: str, chains: int = 3, temperatures: int = 10, step: float = 0.3, **more) -> Case:
@@ -57,7 +57,11 @@ def case(widths: list[int], *options: str, chains: int = 3, temperatures: int = 
     z = p.mean[:, :, None] + p.log_scale[:, :, None].exp() * torch.randn(replicas, rows, chains, latent_dim)
     steps = step * (0.8 + 0.4 * torch.rand(replicas, rows, temperatures))
     betas = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64).square()[None]
-    return Case(x=p.x, z=z, betas=betas, step=steps, mean=p.mean, log_scale=p.log_scale, decoder=p.decoder, replicas=p.replicas)
+    scale_tril = torch.diag_embed(p.log_scale.exp())[:, :, None] + 0.2 * torch.randn(replicas, rows, 2, latent_dim, latent_dim)
+    return Case(
+        x=p.x, z=z, betas=betas, step=steps, scale_tril=scale_tril, mean=p.mean, log_scale=p.log_scale, decoder=p.decoder,
+        replicas=p.replicas,
+    )  # fmt: skip
 
 
 def stepped(c: Case, settings: Settings) -> tuple[Result, Tensor]:
@@ -65,7 +69,8 @@ def stepped(c: Case, settings: Settings) -> tuple[Result, Tensor]:
     z, log_weights, followed = c["z"].double(), 0.0, True
     for t in range(c["betas"].shape[-1] - 1):
         alone = settings._replace(first_transition=settings.first_transition + t)
-        here = c.changed(z=z, betas=c["betas"][:, t : t + 2], step=c["step"][:, :, t : t + 1]).exact(alone)
+        scales = c["scale_tril"][:, :, [2 * t // (c["betas"].shape[-1] - 1)]]
+        here = c.changed(z=z, betas=c["betas"][:, t : t + 2], step=c["step"][:, :, t : t + 1], scale_tril=scales).exact(alone)
         draw = (torch.tensor(SEED), c["replicas"], settings.first_row, z.shape[1], 2 * alone.first_transition, 1)
         u = torch.stack([reference_uniform(*draw, chain, 7, torch.float64)[..., 0] for chain in range(z.shape[2])], -1)
         followed = followed & ((u.log() - here.acceptance.log()).abs() > TIE)
@@ -125,6 +130,7 @@ def test_the_pilot_adapts_as_the_reference_does(device):
     same = (found.z.double() - truth.z).abs().amax(-1) < 1e-3  # no decision was another one
     assert same.double().mean() > 0.8
     torch.testing.assert_close(found.steps.double()[same], truth.steps[same], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.path.double()[same], truth.path[same], rtol=1e-3, atol=1e-3)
     assert not torch.equal(found.steps[..., 0], found.steps[..., -1])
 
 

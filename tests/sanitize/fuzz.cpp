@@ -579,15 +579,20 @@ void annealing(Case& c) {
     const bool usual = c.one_in(2);  // steps that move
     for (int64_t i = 0; i < p.batch * call.temperatures && usual; ++i) step[i] = static_cast<T>(c.up_to(1000)) / 1000;
     call.step = step;
+    call.windows = 1 + c.size(5);
+    call.scale_tril = c.values<T>(p.batch * call.windows * latents * latents);
     T *const z = c.result<T>(in_all * latents), *const acceptance = c.result<T>(in_all);
     call.last = z, call.acceptance = acceptance, call.log_weights = c.result<T>(in_all);
-    if (call.rate > 0) call.steps = c.result<T>(in_all * call.temperatures);
+    if (call.rate > 0) {
+        call.steps = c.result<T>(in_all * call.temperatures);
+        call.path = c.result<T>(in_all * call.temperatures * latents);
+    }
     if (c.one_in(10)) {
         constexpr int64_t lowest = std::numeric_limits<int64_t>::min(), highest = std::numeric_limits<int64_t>::max();
         const int64_t low = c.one_of<int64_t>({-1, lowest}), high = c.one_of<int64_t>({low, words + 1, highest});
         if (c.one_in(4)) *c.one_of({&call.jitter, &call.target, &call.rate}) = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
         else if (c.one_in(4)) betas[c.up_to(all_betas - 1)] = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
-        else if (c.one_in(3)) *c.one_of({&call.leapfrogs, &call.temperatures}) = c.one_in(2) ? 0 : low;
+        else if (c.one_in(3)) *c.one_of({&call.leapfrogs, &call.temperatures, &call.windows}) = c.one_in(2) ? 0 : low;
         else if (c.one_in(2)) *c.one_of({&call.momentum_stream, &call.acceptance_stream}) = high;
         else *c.one_of({&call.temperatures, &call.first_transition}) = high;
         c.must_fail();
@@ -602,7 +607,7 @@ void annealing(Case& c) {
     if (!c.run(run)) return;
     for (int64_t i = 0; i < in_all; ++i)
         if (!(acceptance[i] >= 0 && acceptance[i] <= 1)) fail("no acceptance rate", i);
-    if (call.rate > 0 || call.temperatures < 2) return;
+    if (call.rate > 0 || call.temperatures < 2 || call.windows > 1) return;
     const int64_t cut = 1 + c.up_to(call.temperatures - 2), left = call.temperatures - cut;
     T *const early = c.array<T>(p.batch * cut), *const late = c.array<T>(p.batch * left);
     for (int64_t i = 0; i < p.batch; ++i)
