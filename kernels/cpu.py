@@ -462,7 +462,9 @@ def annealing(
     windows = scale_tril.shape[2] if scale_tril.dim() == 5 else 0
     call._expect("scale_tril", scale_tril, (replicas, rows, windows, latents, latents))
     if betas.dim() != 1 or betas.dtype != torch.float64 or betas.device.type != "cpu":
-        raise ValueError(f"annealing: betas is {tuple(betas.shape)}, {betas.dtype}, {betas.device.type}; expected float64 [T + 1]")
+        raise ValueError(
+            f"annealing: betas is {tuple(betas.shape)}, {betas.dtype}, {betas.device.type}; expected float64 [T + 1]"
+        )
     shape, told = (replicas, rows, chains), temperatures if settings.rate > 0 else 0
     result = annealing_reference.Result(
         z.new_empty(z.shape), z.new_empty(shape), z.new_empty(shape), z.new_empty((*shape, told)),

@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import libi_fast as lf
+from libi_fast import posterior
 from libi_fast.data import GaussianExample, LinearJTEx, wine
 from libi_fast.kernels.chains import reference
 from libi_fast.kernels.chains.reference import Settings

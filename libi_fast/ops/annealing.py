@@ -49,8 +49,8 @@ def _cpu(x, z, betas, step, scale_tril, mean, log_scale, *rest):
     return tuple(native.annealing(x, z, betas, step, scale_tril, mean, log_scale, *_unpack(*rest)))
 
 
-def _fake(x, z, betas, step, scale_tril, mean, log_scale, parameters, variance, activations, has_bias, likelihood, seed, replicas,
-          leapfrogs, jitter, rate, *settings):  # fmt: skip
+def _fake(x, z, betas, step, scale_tril, mean, log_scale, parameters, variance, activations, has_bias, likelihood, seed,
+          replicas, leapfrogs, jitter, rate, *settings):  # fmt: skip
     shape = z.shape[:3]
     temperatures = betas.shape[0] - 1 if rate > 0 else 0
     return (
@@ -61,9 +61,9 @@ def _fake(x, z, betas, step, scale_tril, mean, log_scale, parameters, variance, 
 
 _annealing = lib.define(
     "annealing",
-    f"(Tensor x, Tensor z, Tensor betas, Tensor step, Tensor scale_tril, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}Tensor seed, "
-    "Tensor replicas, SymInt leapfrogs, float jitter, float rate, float target, SymInt first_transition, SymInt first_row, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor z, Tensor betas, Tensor step, Tensor scale_tril, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}"
+    "Tensor seed, Tensor replicas, SymInt leapfrogs, float jitter, float rate, float target, SymInt first_transition, "
+    "SymInt first_row, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     {"reference": _reference, "cpu": _cpu},
     _fake,
 )
@@ -83,8 +83,8 @@ def check_settings(settings: Settings, temperatures: int, latent_dim: int) -> No
     last = settings.first_transition + temperatures
     if last > random.INDEX_LIMIT or last * latent_dim > 4 * random.INDEX_LIMIT:
         raise InputError(
-            f"the transitions of all runs, {last}, are past 2^32, or times {latent_dim} latents past 2^34: that does not fit the "
-            "random numbers' counter; ask for fewer temperatures"
+            f"the transitions of all runs, {last}, are past 2^32, or times {latent_dim} latents past 2^34: that does not fit "
+            "the random numbers' counter; ask for fewer temperatures"
         )
 
 
@@ -92,13 +92,13 @@ def annealing_of_layers(
     x: Tensor, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, mean: Tensor, log_scale: Tensor, layers: Layers,
     parameters: Sequence[Tensor], variance: Tensor, seed: Tensor, replicas: Tensor, settings: Settings, backend: str = "",
 ) -> Result:  # fmt: skip
-    """A recognised decoder. x [R or 1, N, D], z [R, N, C, L], betas [T + 1] float64, step [R, N, T], scale_tril [R, N, W, L, L], mean and
-    log_scale of q [R, N, L]; parameters with R or 1 in front; variance likewise."""
+    """A recognised decoder. x [R or 1, N, D], z [R, N, C, L], betas [T + 1] float64, step [R, N, T],
+    scale_tril [R, N, W, L, L], mean and log_scale of q [R, N, L]; parameters with R or 1 in front; variance likewise."""
     check_layers(x, layers, parameters, variance)
     with torch.no_grad():
         return Result(*_annealing(
-            x, z, betas, step, scale_tril, mean, log_scale, list(parameters), variance, ",".join(layers.activations), list(layers.has_bias),
-            layers.likelihood, seed, replicas, *settings, backend,
+            x, z, betas, step, scale_tril, mean, log_scale, list(parameters), variance, ",".join(layers.activations),
+            list(layers.has_bias), layers.likelihood, seed, replicas, *settings, backend,
         ))  # fmt: skip
 
 
