@@ -38,8 +38,8 @@ LEAST_VARIANCE = 1e-6  # of a window in any direction, in units of the mean over
 class AnnealedLogLikelihood(NamedTuple):
     """Estimates for each of N rows.
 
-    log_likelihood: log of the mean weight [N], whose expectation is at most log p(x); standard_error: of it [N] (delta method over
-    chains), in nats; log_weights: of each chain [N, C]; acceptance_rate: [N], mean acceptance probability; z: where the chains
+    log_likelihood: log of the mean weight [N], whose expectation is at most log p(x); standard_error: of it [N] (delta method
+    over chains), in nats; log_weights: of each chain [N, C]; acceptance_rate: [N], mean acceptance probability; z: where chains
     end [N, C, L], draws from p(z | x) once weighted; step_size: of each transition [N, T], in units of the posterior's standard
     deviations at its temperature, about.
     """
@@ -55,9 +55,9 @@ class AnnealedLogLikelihood(NamedTuple):
 class BidirectionalGap(NamedTuple):
     """Bounds on log p(x) of N rows, and the data they are of.
 
-    x [N, D] with z [N, L], exact draws from p(z | x); lower and upper [N]: their expectations are at most and at least
-    log p(x); lower_error, upper_error: standard errors [N] (delta method over chains; the reverse chains of a row share their
-    z, so that upper's is too small for one row alone); gap: upper - lower [N].
+    x [N, D] with z [N, L], exact draws from p(z | x); lower and upper [N], in expectation at most and at least log p(x);
+    lower_error, upper_error: standard errors [N] (delta method over chains; the reverse chains of a row share their z, so
+    that upper's is too small for one row alone); gap: upper - lower [N].
     """
 
     x: Tensor
@@ -107,7 +107,7 @@ class _Annealing:
         return tqdm(found, desc="annealing", disable=not progress)
 
     def run(
-        self, rows: slice, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, number: int, **settings: float
+        self, rows: slice, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, number: int, **settings: Any
     ) -> op.Result:
         """The call's run of this number, pilots first: z [n, C, L], step [n, T], scale_tril [n, W, L, L]; results without the
         replica dimension."""
@@ -148,7 +148,7 @@ class _Annealing:
             if number + 1 < PILOTS:
                 scale_tril = scales(found.path, scale_tril)
         # One chain after another: the order of a sum must not depend on the rows beside it.
-        log_step = sum(chain.log() for chain in found.steps.unbind(1)) / chains
+        log_step = functools.reduce(torch.add, found.steps.log().unbind(1)) / chains
         return F.avg_pool1d(log_step[:, None], 2 * width + 1, 1, width, count_include_pad=False)[:, 0].exp(), scale_tril
 
     def forward(self, rows: slice, step: Tensor, scale_tril: Tensor) -> op.Result:
@@ -164,7 +164,7 @@ class _Annealing:
 def scales(path: Tensor, before: Tensor) -> Tensor:
     """Square roots [n, W, L, L] of the covariances of z within each chain and window of temperatures, from a path [n, C, T, L];
     where too few draws are there, or they do not move, those ``before``."""
-    rows, chains, temperatures, latents = path.shape
+    _, chains, temperatures, latents = path.shape
     windows = min(WINDOWS, temperatures * chains // (DRAWS * latents), temperatures)
     if windows == 0:
         return before
@@ -208,7 +208,8 @@ def _annealing_of(
     if first_row + len(x) > random.INDEX_LIMIT:
         raise InputError("a row index past 2^32 does not fit the random numbers' counter")
     if isinstance(proposal, InferenceModel):
-        proposal = proposal(x)
+        with evaluation_mode(proposal):
+            proposal = proposal(x)
     q = MeanField(*(t.detach() for t in as_mean_field(proposal, x, model.latent_dim)))
     for name, value in zip(("proposal mean", "proposal log_std"), q, strict=True):
         lib.check_finite(name, value)
@@ -252,23 +253,23 @@ def annealed_log_likelihood(
     progress: bool = False,
 ) -> AnnealedLogLikelihood:
     """log p(x) of every row by annealed importance sampling: chains pass from the proposal to the posterior in many small
-    steps, and their weights are unbiased for p(x). The estimate is low by about half the square of its standard error, and
-    never high but by chance; :func:`bidirectional_gap` says how low, on data of the model's own.
+    steps, and their weights are unbiased for p(x). The estimate is low by about half the square of its standard error, and high
+    only by chance; :func:`bidirectional_gap` says how low, on data of the model's own.
 
-    Chains of a recognised decoder run whole in one C++ kernel; any other decoder runs in batched torch. Memory does not grow
+    Chains of a recognised decoder run whole in one kernel; any other decoder runs in batched torch. Memory does not grow
     with the number of rows beyond the results: rows go in blocks.
 
     Args:
         x: [N, D] (or [N, ...], flattened), the model's dtype and device.
-        proposal: where chains begin: a ``MeanFieldGaussian``, its q(x), a (mean, log_std) pair of [N, L], a torch ``Normal``, or
-            None for the prior.
+        proposal: where chains begin: a ``MeanFieldGaussian``, its q(x), a (mean, log_std) pair of [N, L], a torch ``Normal``,
+            or None for the prior.
         chains: C, of each row. temperatures: T, or the inverse temperatures themselves, [T + 1], rising from 0 to 1.
         leapfrogs: of the one HMC transition at each temperature.
         seed: 0 .. 2^64 - 1, an int64 tensor, or None for torch's generator. first_row: global index of x[0], so that a shard
             draws what the whole would.
         target_acceptance: what the step sizes of each row and temperature are adapted to. Three pilot runs of at most 8 chains
-            find them, and scales (a mass matrix for each of up to 20 windows of temperatures); both are frozen before the counted
-            run. step_size: where adaptation starts, in units of the scales.
+            find them, and scales (a mass matrix for each of up to 20 windows of temperatures); both are frozen before the
+            counted run. step_size: where adaptation starts, in units of the scales.
         jitter: each transition's step size is multiplied by a uniform number in 1 -+ jitter, so that no path is periodic.
         progress: a bar over blocks of rows.
 

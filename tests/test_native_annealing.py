@@ -60,7 +60,8 @@ class Annealing(NamedTuple):
 
 
 def annealing(widths: list[int], activation: str = "tanh", likelihood: str = "gaussian", *, rows: int = 3, chains: int = 5,
-              temperatures: int = 12, step: float = 0.3, replicas: int = 1, windows: int = 5, **settings: Any) -> Annealing:  # fmt: skip
+              temperatures: int = 12, step: float = 0.3, replicas: int = 1, windows: int = 5,
+              **settings: Any) -> Annealing:  # fmt: skip
     p = problem(widths, activation, likelihood, rows=rows, num_samples=1, replicas=replicas, **settings)
     z = p.mean[:, :, None] + 0.5 * torch.randn(replicas, rows, chains, widths[0])
     steps = step * (0.5 + torch.rand(replicas, rows, temperatures))

@@ -86,16 +86,16 @@ def move(z, h, u, triangle, L: tl.constexpr):
 
 # Sizes and counters change from call to call, and nothing is gained by a kernel compiled for a multiple of 16 of them.
 COUNTS = (
-    "rows", "chains", "temperatures", "windows", "leapfrogs", "first_transition", "first_row", "momentum_stream", "acceptance_stream",
-    "x_step", "table_step", "bias_step", "variance_step",
+    "rows", "chains", "temperatures", "windows", "leapfrogs", "first_transition", "first_row", "momentum_stream",
+    "acceptance_stream", "x_step", "table_step", "bias_step", "variance_step",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def annealing_kernel(
     seed, replicas, x, z_start, betas, step, scale_tril, mean, log_scale, table, bias, variance, last, log_weights, acceptance,
-    steps_out, path, rows, chains, temperatures, windows, leapfrogs, jitter, rate, target, first_transition, first_row, momentum_stream,
-    acceptance_stream, x_step, table_step, bias_step, variance_step,
+    steps_out, path, rows, chains, temperatures, windows, leapfrogs, jitter, rate, target, first_transition, first_row,
+    momentum_stream, acceptance_stream, x_step, table_step, bias_step, variance_step,
     L: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr,
     OUTPUT: tl.constexpr, LIKELIHOOD: tl.constexpr, ADAPT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip

@@ -15,7 +15,8 @@ p(z | x_n), E[w] = 1 / p(x_n): the upper bound of bidirectional Monte Carlo (Gro
 The transition is that of ../chains/reference.py with a matrix S in place of its scales, so that velocities h S u have the mass
 matrix (S S')^-1: with u ~ N(0, I) and the gradient g of log f_b
 
-    u += (h/2) S' g(z),  then K times  z += h S u,  u += h S' g(z)  (h/2 at the last),     h = step[n, t] exp(a) (1 + jitter (2 v - 1)).
+    u += (h/2) S' g(z),  then K times  z += h S u,  u += h S' g(z)  (h/2 at the last),
+    h = step[n, t] exp(a) (1 + jitter (2 v - 1)).
 
 S, lower triangular, is number floor(t W / T) of W for the row. a is 0, and with a rate > 0 (a pilot run, whose weights mean
 nothing) each chain moves it after each transition by rate (acceptance probability - target). log p(x, z) and its gradient are
@@ -48,8 +49,7 @@ class Settings(NamedTuple):
 
 class Result(NamedTuple):
     """z [R, N, C, L] at the end; log w and the mean acceptance probability of each chain [R, N, C]; with a rate > 0 the step
-    size of each transition, without its jitter, [R, N, C, T], and z after it [R, N, C, T, L], else [R, N, C, 0], [R, N, C, 0, L].
-    """
+    size of each transition, without its jitter, [R, N, C, T], and z after it [R, N, C, T, L], else T = 0 of both."""
 
     z: Tensor
     log_weights: Tensor
@@ -142,10 +142,10 @@ def run(
     density: Density, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, mean: Tensor, log_scale: Tensor, noise: Noise,
     settings: Settings, widest: int,
 ) -> Result:  # fmt: skip
-    """Chains from z [R, N, C, L] over betas [R or 1, T + 1] (float64) with step sizes [R, N, T], S [R, N, W, L, L] (what is above
-    the diagonal is not looked at) and q's mean and log_scale [R, N, L]; ``density`` is log p(x, z), ``widest`` the values
-    that a point of it needs at once."""
-    replicas, n, chains, latents = z.shape
+    """Chains from z [R, N, C, L] over betas [R or 1, T + 1] (float64) with step sizes [R, N, T], S [R, N, W, L, L] (what is
+    above the diagonal is not looked at) and q's mean and log_scale [R, N, L]; ``density`` is log p(x, z), ``widest`` the
+    values that a point of it needs at once."""
+    replicas, n, chains, _ = z.shape
     at_once = max(1, TILE_VALUES // (widest * replicas * max(chains, 1)))
     parts = [
         _run_rows(

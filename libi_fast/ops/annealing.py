@@ -74,8 +74,8 @@ def _fake(x, z, betas, step, scale_tril, mean, log_scale, parameters, variance, 
 _annealing = lib.define(
     "annealing",
     f"(Tensor x, Tensor z, Tensor betas, Tensor step, Tensor scale_tril, Tensor mean, Tensor log_scale, {_DECODER_SCHEMA}"
-    "Tensor seed, Tensor replicas, SymInt leapfrogs, float jitter, float rate, float target, SymInt first_transition, SymInt first_row, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor seed, Tensor replicas, SymInt leapfrogs, float jitter, float rate, float target, SymInt first_transition, "
+    "SymInt first_row, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     {"reference": _reference, "cpu": _cpu, "triton": _triton},
     _fake,
     limits={"triton": _narrow_only},
@@ -105,13 +105,13 @@ def annealing_of_layers(
     x: Tensor, z: Tensor, betas: Tensor, step: Tensor, scale_tril: Tensor, mean: Tensor, log_scale: Tensor, layers: Layers,
     parameters: Sequence[Tensor], variance: Tensor, seed: Tensor, replicas: Tensor, settings: Settings, backend: str = "",
 ) -> Result:  # fmt: skip
-    """A recognised decoder. x [R or 1, N, D], z [R, N, C, L], betas [R or 1, T + 1] float64, step [R, N, T], scale_tril [R, N, W, L, L], mean and
-    log_scale of q [R, N, L]; parameters with R or 1 in front; variance likewise."""
+    """A recognised decoder. x [R or 1, N, D], z [R, N, C, L], betas [R or 1, T + 1] float64, step [R, N, T],
+    scale_tril [R, N, W, L, L], mean and log_scale of q [R, N, L]; parameters with R or 1 in front; variance likewise."""
     check_layers(x, layers, parameters, variance)
     with torch.no_grad():
         return Result(*_annealing(
-            x, z, betas, step, scale_tril, mean, log_scale, list(parameters), variance, ",".join(layers.activations), list(layers.has_bias),
-            layers.likelihood, seed, replicas, *settings, backend,
+            x, z, betas, step, scale_tril, mean, log_scale, list(parameters), variance, ",".join(layers.activations),
+            list(layers.has_bias), layers.likelihood, seed, replicas, *settings, backend,
         ))  # fmt: skip
 
 
