@@ -393,7 +393,7 @@ def test_two_processes_learn_one_q(sampler):
     together = in_two_processes(_fit, sampler)
     assert together[0][1] == together[1][1], "the processes agree to the bit"
     for one, two in zip(alone[0][1], together[0][1], strict=True):
-        assert torch.allclose(torch.tensor(one), torch.tensor(two), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(torch.tensor(one, dtype=F64), torch.tensor(two, dtype=F64), rtol=1e-6, atol=1e-8)
 
 
 def test_settings_train_side_by_side_as_each_alone():

@@ -64,7 +64,7 @@ class _Path:
     def __init__(self, density: Density, rows: slice, mean: Tensor, log_scale: Tensor):
         self.density, self.rows = density, rows
         self.mean, self.log_scale, self.scale = mean, log_scale, log_scale.exp()
-        self.b = 0.0
+        self.b = mean.new_zeros((1, 1, 1))  # [R or 1, 1, 1]
 
     def log_q(self, z: Tensor) -> Tensor:
         return -(0.5 * (((z - self.mean) / self.scale).square() + LOG_2PI) + self.log_scale).sum(-1)
