@@ -30,7 +30,7 @@ from libi_fast.training.start import copy_encoder, start_std
 
 OBJECTIVES = ("elbo", "importance", "posterior", "elbo+posterior")
 SAMPLERS = ("simulated", "sir", "hmc", "simulated+sir", "simulated+hmc")
-SAMPLER = "simulated+sir"  # best on CubicJTEx: benchmarks/inference.py
+SAMPLER = "simulated+sir"  # on CubicJTEx (seeds 0 to 4) the best: it covers rows that the model finds improbable
 PAIRS = 1024  # simulated ones of a step, at least
 KEPT = 64  # posterior draws of a row
 A_STEP = 8  # of which a step takes so many
