@@ -136,9 +136,10 @@ class _Annealing:
         return mean + log_std.exp() * torch.stack(noise, 1)
 
     def tune(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Step sizes [n, T] and scales [n, W, L, L] by pilot runs, each of which improves them for the next; log eps is
-        averaged over chains, and over temperatures nearby. Scales have the smallest singular value 1, so that steps are smooth over
-        temperatures where scales jump: steps along the narrowest direction are what acceptance depends on."""
+        """Step sizes [n, T] and scales [n, W, L, L] by pilot runs, each of which improves them for the next.
+
+        log eps is averaged over chains, and over temperatures nearby. Scales have the smallest singular value 1, so that steps
+        are smooth over temperatures where scales jump: acceptance depends on the steps along the narrowest direction."""
         chains, width = min(self.chains, PILOT_CHAINS), self.temperatures // SMOOTHED
         scale = self.proposal.log_std[rows].exp()
         least = scale.amin(-1, keepdim=True)
