@@ -40,8 +40,8 @@ class AnnealedLogLikelihood(NamedTuple):
 
     log_likelihood: log of the mean weight [N], whose expectation is at most log p(x); standard_error: of it [N] (delta method
     over chains), in nats; log_weights: of each chain [N, C]; acceptance_rate: [N], mean acceptance probability; z: where chains
-    end [N, C, L], draws from p(z | x) once weighted; step_size: of each transition [N, T], in units of the posterior's standard
-    deviations at its temperature, about.
+    end [N, C, L], draws from p(z | x) once weighted; step_size: of each transition [N, T], along the narrowest direction
+    of the density at its temperature.
     """
 
     log_likelihood: Tensor
@@ -137,19 +137,24 @@ class _Annealing:
         return mean + log_std.exp() * torch.stack(noise, 1)
 
     def tune(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Step sizes [n, T] and scales [n, W, L, L] by pilot runs: all but the last give scales for the next, the last one step
-        sizes; log eps is averaged over chains, and over temperatures nearby."""
+        """Step sizes [n, T] and scales [n, W, L, L] by pilot runs, each of which improves them for the next.
+
+        log eps is averaged over chains, and over temperatures nearby. Scales have the smallest singular value 1, so that steps
+        are smooth over temperatures where scales jump: acceptance depends on the steps along the narrowest direction."""
         chains, width = min(self.chains, PILOT_CHAINS), self.temperatures // SMOOTHED
-        step = self.x.new_full((rows.stop - rows.start, self.temperatures), self.step_size)
-        scale_tril = torch.diag_embed(self.proposal.log_std[rows].exp())[:, None]
+        scale = self.proposal.log_std[rows].exp()
+        least = scale.amin(-1, keepdim=True)
+        step = (self.step_size * least).expand(-1, self.temperatures)
+        scale_tril = torch.diag_embed(scale / least)[:, None]
         for number in range(PILOTS):
             z = self.start(rows, chains, number)
             found = self.run(rows, z, self.betas, step, scale_tril, number, rate=RATE, target=self.target)
+            # One chain after another: the order of a sum must not depend on the rows beside it.
+            log_step = functools.reduce(torch.add, found.steps.log().unbind(1)) / chains
+            step = F.avg_pool1d(log_step[:, None], 2 * width + 1, 1, width, count_include_pad=False)[:, 0].exp()
             if number + 1 < PILOTS:
                 scale_tril = scales(found.path, scale_tril)
-        # One chain after another: the order of a sum must not depend on the rows beside it.
-        log_step = functools.reduce(torch.add, found.steps.log().unbind(1)) / chains
-        return F.avg_pool1d(log_step[:, None], 2 * width + 1, 1, width, count_include_pad=False)[:, 0].exp(), scale_tril
+        return step, scale_tril
 
     def forward(self, rows: slice, step: Tensor, scale_tril: Tensor) -> op.Result:
         return self.run(rows, self.start(rows, self.chains, PILOTS), self.betas, step, scale_tril, PILOTS)
@@ -162,8 +167,8 @@ class _Annealing:
 
 
 def scales(path: Tensor, before: Tensor) -> Tensor:
-    """Square roots [n, W, L, L] of the covariances of z within each chain and window of temperatures, from a path [n, C, T, L];
-    where too few draws are there, or they do not move, those ``before``."""
+    """Square roots [n, W, L, L] of the covariances of z within each chain and window of temperatures, from a path [n, C, T, L],
+    over their smallest singular values; where too few draws are there, or they do not move, those ``before``."""
     _, chains, temperatures, latents = path.shape
     windows = min(WINDOWS, temperatures * chains // (DRAWS * latents), temperatures)
     if windows == 0:
@@ -175,8 +180,11 @@ def scales(path: Tensor, before: Tensor) -> Tensor:
         centred = (some - some.mean(2, keepdim=True)).flatten(1, 2)
         covariance = centred.mT @ centred / centred.shape[1]
         least = LEAST_VARIANCE * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-        factor, failed = torch.linalg.cholesky_ex(covariance + torch.diag_embed(least[:, None].expand(-1, latents)))
-        good = (failed == 0) & torch.isfinite(factor).all(-1).all(-1)
+        covariance = covariance + torch.diag_embed(least[:, None].expand(-1, latents))
+        known = torch.isfinite(covariance).all(-1).all(-1)[:, None, None]
+        smallest = torch.linalg.eigvalsh(torch.where(known, covariance, 0.0))[:, 0]
+        factor, failed = torch.linalg.cholesky_ex(covariance / smallest[:, None, None])
+        good = (failed == 0) & (smallest > 0) & torch.isfinite(factor).all(-1).all(-1)
         old = before[:, w * before.shape[1] // windows]
         parts.append(torch.where(good[:, None, None], factor.to(path.dtype), old))
     return torch.stack(parts, 1)
@@ -269,7 +277,7 @@ def annealed_log_likelihood(
             draws what the whole would.
         target_acceptance: what the step sizes of each row and temperature are adapted to. Three pilot runs of at most 8 chains
             find them, and scales (a mass matrix for each of up to 20 windows of temperatures); both are frozen before the
-            counted run. step_size: where adaptation starts, in units of the scales.
+            counted run. step_size: where adaptation starts, in units of the proposal's smallest standard deviation.
         jitter: each transition's step size is multiplied by a uniform number in 1 -+ jitter, so that no path is periodic.
         progress: a bar over blocks of rows.
 

@@ -387,7 +387,9 @@ def _fit(rank, world, result, sampler):
     result.append((rank, [p.tolist() for p in libi.state().values()]))
 
 
-@pytest.mark.xfail(reason="a mixture's step 1 in two processes is another run than in one; they agree with each other", strict=True)
+@pytest.mark.xfail(
+    reason="a mixture's step 1 in two processes is another run than in one; they agree with each other", strict=True
+)
 @pytest.mark.parametrize("sampler", ["simulated+sir"])
 def test_two_processes_learn_one_q(sampler):
     alone = in_one_process(_fit, sampler)
