@@ -24,10 +24,14 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 demo: $(STAMP)
 	$(BIN)/libi-fast demo --out demo-run --force
 
-# Triton's interpreter is chosen when Triton is imported, hence a process of its own.
+# Two tests at a time, but for those that compile kernels, which share two compilers themselves. Triton's interpreter is
+# chosen when Triton is imported, hence a process of its own.
+SIDE_BY_SIDE := -n 2 --dist worksteal
+test: export OMP_WAIT_POLICY := passive
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --ignore tests/test_triton_compile.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_triton_compile.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/gpu $(ARGS)
 
 # The kernels compiled, not run, by another release of Triton: make test-triton VERSION=3.6.0
 OTHER := build/triton-$(VERSION)

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-# Tests share two cores with whatever else runs; more threads than that only fight.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Tests share two cores with whatever else runs, or with each other (pytest -n 2); more threads than that only fight.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(autouse=True)
