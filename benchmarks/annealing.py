@@ -82,16 +82,15 @@ def task_of(rows: int, chains_: int, temperatures: int, device: str = "cpu") -> 
     p = Problem.of(workloads.WORKLOADS["W2"]._replace(rows=rows, samples=1), device)
     model = workloads.model_of(p)
     x, exact = model.sample_joint(rows, 1)
-    found = lf.annealed_log_likelihood(
-        model, x, chains=chains_, temperatures=temperatures, leapfrogs=LEAPFROGS, jitter=JITTER, seed=1
-    )
     start = lf.philox_normal(2, rows * chains_, p.mean.shape[1], device=device).unflatten(0, (rows, chains_))
-    betas = lf.annealed.sigmoid_betas(temperatures).expand(rows, -1)
-    step = found.step_size
-    return Task(
+    betas = lf.annealed.power_betas(temperatures).expand(rows, -1)
+    task = Task(
         p.pairs, p.workload.variance, torch.cat((x, x)), torch.cat((start, exact[:, None].expand_as(start))),
-        torch.cat((betas, betas.flip(1))), torch.cat((step, step.flip(1))),
+        torch.cat((betas, betas.flip(1))), x.new_full((2 * rows, temperatures), 0.5),
     )  # fmt: skip
+    adapting = op.Settings(LEAPFROGS, JITTER, rate=0.1, target=0.9, first_transition=temperatures)
+    step = annealed(task, adapting).steps[0].log().mean(1).exp()
+    return task._replace(steps=torch.cat((step, step.flip(1))))
 
 
 # --- ours, and what is right ---
@@ -106,7 +105,8 @@ def arguments(task: Task) -> tuple[Any, ...]:
 
     z = both(task.z)
     zeros = z.new_zeros((2, half, z.shape[-1]))
-    return task.x[None, :half].contiguous(), z, both(task.betas)[:, 0].contiguous(), both(task.steps), zeros, zeros
+    scales = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand(2, half, 1, -1, -1).contiguous()
+    return task.x[None, :half].contiguous(), z, both(task.betas)[:, 0].contiguous(), both(task.steps), scales, zeros, zeros
 
 
 def model_of(task: Task) -> lf.LatentVariableModel:
@@ -115,15 +115,17 @@ def model_of(task: Task) -> lf.LatentVariableModel:
     return workloads.model_of(Problem(workload, task.x, task.x, task.x, task.pairs))
 
 
-def ours(task: Task) -> Callable[[], Annealed]:
-    model, given = model_of(task), arguments(task)
+def annealed(task: Task, settings: op.Settings) -> reference.Result:
+    model = model_of(task)
     recognised = recognise(model.decoder, model.likelihood.name)
     assert recognised is not None
-    variance, seed = model.likelihood.variance[None], as_seed(0, task.x.device)
-    replicas, settings = as_replicas(2, task.x.device), op.Settings(task.leapfrogs, task.jitter)
+    variance, seed, replicas = model.likelihood.variance[None], as_seed(0, task.x.device), as_replicas(2, task.x.device)
+    return op.annealing_of_layers(*arguments(task), *recognised, variance, seed, replicas, settings)
 
+
+def ours(task: Task) -> Callable[[], Annealed]:
     def call() -> Annealed:
-        found = op.annealing_of_layers(*given, *recognised, variance, seed, replicas, settings)
+        found = annealed(task, op.Settings(task.leapfrogs, task.jitter))
         return Annealed(found.log_weights.flatten(0, 1), found.z.flatten(0, 1))
 
     return call
@@ -157,7 +159,7 @@ def truth_of(task: Task, normal: Tensor, uniform: Tensor) -> Truth:
     assert recognised is not None
     layers, parameters = recognised
     decoder = layers.decoder(parameters, model.likelihood.variance[None])
-    x, z, betas, steps, mean, log_scale = (t.to("cpu", torch.float64) for t in arguments(task))
+    x, z, betas, steps, scales, mean, log_scale = (t.to("cpu", torch.float64) for t in arguments(task))
     half = x.shape[1]
 
     def density(rows: slice, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +179,7 @@ def truth_of(task: Task, normal: Tensor, uniform: Tensor) -> Truth:
     for t in range(task.temperatures):
         settings = reference.Settings(task.leapfrogs, task.jitter, first_transition=t)
         found = reference.run(
-            density, z, betas[:, t : t + 2], steps[..., t : t + 1], mean, log_scale, noise, settings, decoder.widest
+            density, z, betas[:, t : t + 2], steps[..., t : t + 1], scales, mean, log_scale, noise, settings, decoder.widest
         )
         z, log_weights = found.z, log_weights + found.log_weights
         followed &= (accept[..., t] - found.acceptance.log()).abs() > CLOSE_CALL
