@@ -75,7 +75,7 @@ def stepped(c: Case, settings: Settings) -> tuple[Result, Tensor]:
         u = torch.stack([reference_uniform(*draw, chain, 7, torch.float64)[..., 0] for chain in range(z.shape[2])], -1)
         followed = followed & ((u.log() - here.acceptance.log()).abs() > TIE)
         z, log_weights = here.z, log_weights + here.log_weights
-    return Result(z, log_weights, here.acceptance, here.steps), followed
+    return Result(z, log_weights, here.acceptance, here.steps, here.path), followed
 
 
 def check(c: Case, device: torch.device, settings: Settings) -> Result:
