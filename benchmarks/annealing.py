@@ -109,14 +109,8 @@ def arguments(task: Task) -> tuple[Any, ...]:
     return task.x[None, :half].contiguous(), z, both(task.betas)[:, 0].contiguous(), both(task.steps), scales, zeros, zeros
 
 
-def model_of(task: Task) -> lf.LatentVariableModel:
-    widths = (task.z.shape[-1], *(len(bias) for _, bias in task.pairs))
-    workload = workloads.WORKLOADS["W2"]._replace(widths=widths, variance=task.variance, rows=len(task.x))
-    return workloads.model_of(Problem(workload, task.x, task.x, task.x, task.pairs))
-
-
 def annealed(task: Task, settings: op.Settings) -> reference.Result:
-    model = model_of(task)
+    model = chains.model_of(task)
     recognised = recognise(model.decoder, model.likelihood.name)
     assert recognised is not None
     variance, seed, replicas = model.likelihood.variance[None], as_seed(0, task.x.device), as_replicas(2, task.x.device)
@@ -154,7 +148,7 @@ class Truth(NamedTuple):
 @torch.no_grad()
 def truth_of(task: Task, normal: Tensor, uniform: Tensor) -> Truth:
     """The reference one temperature after another, as it tells acceptance in a call's mean alone."""
-    model = model_of(task).to("cpu", torch.float64)
+    model = chains.model_of(task).to("cpu", torch.float64)
     recognised = recognise(model.decoder, model.likelihood.name)
     assert recognised is not None
     layers, parameters = recognised
@@ -233,15 +227,8 @@ def case(task: Task, quick: bool = False) -> Case:
     return Case(
         "W9", size, call, lambda: judge(ours(short)()),
         lambda: judge(Annealer("torch eager")(short, given(short, *noise))), judge, (short, *noise),
-        lambda: forms(task, quick), whole, lambda: peak.bound(counts(task)),
+        lambda: forms(task, quick), whole, lambda: peak.bound(chains.counts(task)),
     )  # fmt: skip
-
-
-def counts(task: Task) -> dict[str, float]:
-    """Of each leapfrog, as in W7."""
-    hidden, latents = task.pairs[0][0].shape
-    products = hidden * (latents + len(task.pairs[1][0]))
-    return {"multiply-add": float(task.count * (2 * products + hidden)), "tanh": float(task.count * hidden)}
 
 
 # --- the schedule in torch ---

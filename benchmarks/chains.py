@@ -67,10 +67,12 @@ class Task(NamedTuple):
         pairs = [(weight.to(*where), bias.to(*where)) for weight, bias in self.pairs]
         return Task(pairs, self.variance, *(t.to(*where) for t in self[2:6]), *self[6:])
 
-    def model(self) -> lf.LatentVariableModel:
-        widths = (self.z.shape[-1], *(len(bias) for _, bias in self.pairs))
-        workload = workloads.WORKLOADS["W2"]._replace(widths=widths, variance=self.variance, rows=self.rows)
-        return workloads.model_of(Problem(workload, self.x, self.x, self.x, self.pairs))
+
+def model_of(task: Any) -> lf.LatentVariableModel:
+    """Of a task of W7 or W9."""
+    widths = (task.z.shape[-1], *(len(bias) for _, bias in task.pairs))
+    workload = workloads.WORKLOADS["W2"]._replace(widths=widths, variance=task.variance, rows=len(task.x))
+    return workloads.model_of(Problem(workload, task.x, task.x, task.x, task.pairs))
 
 
 class Drawn(NamedTuple):
@@ -118,7 +120,7 @@ def task_of(rows: int, chains: int, transitions: int, device: str = "cpu") -> Ta
 
 
 def ours(task: Task) -> Callable[[], Drawn]:
-    model, shape = task.model(), task.z.shape
+    model, shape = model_of(task), task.z.shape
     recognised = recognise(model.decoder, model.likelihood.name)
     assert recognised is not None
     settings = op.Settings("hmc", task.transitions, task.leapfrogs, jitter=task.jitter)
@@ -160,7 +162,7 @@ class Truth(NamedTuple):
 def truth_of(task: Task, normal: Tensor, uniform: Tensor) -> Truth:
     """The reference one transition after another, as it tells acceptance in a call's mean alone."""
     task, kinds = task.to("cpu", torch.float64), [t.double().flatten(2) for t in (normal, uniform)]
-    model = task.model()
+    model = model_of(task)
     recognised = recognise(model.decoder, model.likelihood.name)
     assert recognised is not None
     layers, parameters = recognised
@@ -256,9 +258,9 @@ def case(task: Task, quick: bool = False) -> Case:
     )  # fmt: skip
 
 
-def counts(task: Task) -> dict[str, float]:
-    """Of each leapfrog: the products forward and backward, tanh of each hidden unit and its slope. The noise, two normals and
-    two uniforms a transition, is left out, and so is what moves z and its momentum."""
+def counts(task: Any) -> dict[str, float]:
+    """Of each leapfrog of a task of W7 or W9: the products forward and backward, tanh of each hidden unit and its slope. The
+    noise, two normals and two uniforms a transition, is left out, and so is what moves z and its momentum."""
     hidden, latents = task.pairs[0][0].shape
     products = hidden * (latents + len(task.pairs[1][0]))
     return {"multiply-add": float(task.count * (2 * products + hidden)), "tanh": float(task.count * hidden)}

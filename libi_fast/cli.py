@@ -158,13 +158,12 @@ def _encode(options: argparse.Namespace) -> None:
     import torch
 
     from libi_fast import data
-    from libi_fast.models.model import MeanField
 
     data.check_output(options.out, force=options.force)
     method, columns = _load_run(options.run_folder)
     with torch.no_grad():
         q = method.posterior(_read_rows(options, columns, method))
-    mean, deviation = (q.mean, q.log_std.exp()) if isinstance(q, MeanField) else (q.expectation(), q.standard_deviations())
+    mean, deviation = q.expectation(), q.standard_deviations()
     names = [f"z{i + 1}" for i in range(mean.shape[1])]
     values = torch.cat([mean, deviation], 1)
     data.save_table(options.out, values, [*names, *(f"{name}_sd" for name in names)], force=options.force)

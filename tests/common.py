@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import socket
 import subprocess
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from torch import Tensor
+from torch import Tensor, nn
+
+import libi_fast as lf
 
 
 def points(n: int, d: int, kind: str = "normal", dtype: torch.dtype = torch.float64) -> Tensor:
@@ -100,3 +103,34 @@ def in_two_processes(function, *arguments):
         shared = manager.list()
         torch.multiprocessing.spawn(function, (2, port, shared, *arguments), nprocs=2)
         return list(shared)
+
+
+def assert_results_close(found: Any, expected: Any, tolerance: float) -> None:
+    """Of two named tuples of tensors, each field."""
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype, name
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- models ---
+
+
+def curved(seed: int = 1) -> lf.LatentVariableModel:
+    torch.manual_seed(seed)
+    return lf.LatentVariableModel(lf.mlp(2, [10], 3), lf.Gaussian(0.1), 2)
+
+
+class Unknown(nn.Module):
+    """A decoder that no kernel recognises."""
+
+    def __init__(self, decoder: nn.Module, broken: Callable[[Tensor], Tensor] | None = None):
+        super().__init__()
+        self.decoder, self.broken = decoder, broken
+
+    def forward(self, z: Tensor) -> Tensor:
+        output = self.decoder(z)
+        return output if self.broken is None else torch.where(self.broken(z)[:, None], math.nan, output)
+
+
+def unknown(model: lf.LatentVariableModel, **options: Any) -> lf.LatentVariableModel:
+    return lf.LatentVariableModel(Unknown(model.decoder, **options), model.likelihood, model.latent_dim)

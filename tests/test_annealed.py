@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from common import curved, unknown
 from torch import Tensor, nn
 
 import libi_fast as lf
@@ -28,11 +28,6 @@ def linear() -> lf.LatentVariableModel:
     return lf.LatentVariableModel(decoder, lf.DiagonalGaussian(torch.tensor([0.3, 0.5, 0.4])), 2)
 
 
-def curved() -> lf.LatentVariableModel:
-    torch.manual_seed(1)
-    return lf.LatentVariableModel(lf.mlp(2, [10], 3), lf.Gaussian(0.1), 2)
-
-
 def truth(name: str) -> lf.LatentVariableModel:
     """The generating model of one of the paper's data sets."""
     data = lf.data.load(name, seed=100, dtype=F64)
@@ -41,22 +36,6 @@ def truth(name: str) -> lf.LatentVariableModel:
     decoder = nn.Linear(2, 2, bias=False, dtype=F64)
     decoder.weight.data = data.truth.weight
     return lf.LatentVariableModel(decoder, lf.DiagonalGaussian(data.truth.noise_variance), 2).requires_grad_(False)
-
-
-class Unknown(nn.Module):
-    """A decoder that no kernel recognises."""
-
-    def __init__(self, decoder: nn.Module, broken: Callable[[Tensor], Tensor] | None = None):
-        super().__init__()
-        self.decoder, self.broken = decoder, broken
-
-    def forward(self, z: Tensor) -> Tensor:
-        output = self.decoder(z)
-        return output if self.broken is None else torch.where(self.broken(z)[:, None], math.nan, output)
-
-
-def unknown(model: lf.LatentVariableModel, **options: Any) -> lf.LatentVariableModel:
-    return lf.LatentVariableModel(Unknown(model.decoder, **options), model.likelihood, model.latent_dim)
 
 
 def wide(model: lf.LatentVariableModel, x: Tensor) -> lf.MeanField:

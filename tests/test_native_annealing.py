@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from common import check_same_bits_for_any_number_of_threads, check_same_bits_for_instruction_set
+from common import assert_results_close, check_same_bits_for_any_number_of_threads, check_same_bits_for_instruction_set
 from problems import problem
 from torch import Tensor
 
@@ -87,9 +87,7 @@ def exact(c: Annealing, settings: Settings) -> Result:
 
 
 def assert_close(found: Result, expected: Result, tolerance: float = 1e-10) -> None:
-    for name, a, b in zip(Result._fields, found, expected, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype, name
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+    assert_results_close(found, expected, tolerance)
 
 
 CASES = [

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import curved, unknown
 from scipy import stats
 from torch import Tensor, nn
 
@@ -56,27 +57,6 @@ def wines() -> tuple[lf.LatentVariableModel, Tensor]:
     decoder.weight.data = vectors[:, -3:] * (values[-3:] - noise).sqrt()
     decoder.bias.data.zero_()
     return lf.LatentVariableModel(decoder, lf.Gaussian(float(noise)), 3), x[:30]
-
-
-def curved(seed: int = 1) -> lf.LatentVariableModel:
-    torch.manual_seed(seed)
-    return lf.LatentVariableModel(lf.mlp(2, [10], 3), lf.Gaussian(0.1), 2)
-
-
-class Unknown(nn.Module):
-    """A decoder that no kernel recognises."""
-
-    def __init__(self, decoder: nn.Module, broken: Callable[[Tensor], Tensor] | None = None):
-        super().__init__()
-        self.decoder, self.broken = decoder, broken
-
-    def forward(self, z: Tensor) -> Tensor:
-        output = self.decoder(z)
-        return output if self.broken is None else torch.where(self.broken(z)[:, None], math.nan, output)
-
-
-def unknown(model: lf.LatentVariableModel, **options: Any) -> lf.LatentVariableModel:
-    return lf.LatentVariableModel(Unknown(model.decoder, **options), model.likelihood, model.latent_dim)
 
 
 # --- known answers ---

@@ -10,7 +10,6 @@ densities, and its row's step size and scales from memory. A leapfrog costs q's 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,20 +18,19 @@ from libi_fast.kernels import gpu, tuning
 from libi_fast.kernels.annealing.reference import Result, Settings
 from libi_fast.kernels.chains.gpu import (
     block_of,
-    candidates,
+    chains_of,
+    choose,
     decode,
     gradient_of,
     log_density_of,
     momenta_of,
-    pair,
+    prepare,
     squares_of,
     uniforms_of,
     zeros_of,
 )
 from libi_fast.kernels.chains.reference import Noise
-from libi_fast.kernels.importance import gpu_narrow
 from libi_fast.kernels.importance.gpu_formulas import exp
-from libi_fast.kernels.importance.gpu_narrow import step as step_of
 from libi_fast.kernels.importance.gpu_narrow import variances_of
 from libi_fast.kernels.importance.reference import Decoder
 
@@ -100,20 +98,7 @@ def annealing_kernel(
     OUTPUT: tl.constexpr, LIKELIHOOD: tl.constexpr, ADAPT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK chains of one replica, LANES lanes each; arrays as in reference.run."""
-    program = tl.cast(tl.program_id(0), tl.int64)
-    size = tl.cast(rows, tl.int64) * chains
-    blocks = tl.cdiv(size, BLOCK)
-    replica = program // blocks
-    # Of full shape at once: one that is broadcast later would have a layout of its own, and compile for long.
-    slot = tl.reshape(tl.arange(0, BLOCK * LANES), (BLOCK, LANES))
-    lane = slot % LANES
-    own = program % blocks * BLOCK + slot // LANES
-    valid = (own < size) & (lane == 0)
-    own = tl.minimum(own, size - 1)  # lanes beyond repeat the last chain
-    row = own // chains
-    number = (own - row * chains).to(tl.uint32)
-    counter = (first_row + row).to(tl.uint32)
-    own += replica * size
+    replica, row, own, lane, valid, counter, number = chains_of(rows, chains, first_row, BLOCK, LANES)
     line = replica * rows + row
 
     key = tl.load(seed)
@@ -212,39 +197,29 @@ def run(
 ) -> Result:  # fmt: skip
     """As ``kernels.annealing.reference.run`` on chains' ``log_joint``; float32 but for betas."""
     replicas, rows, chains, latent_dim = z.shape
-    outputs, temperatures = x.shape[-1], betas.shape[-1] - 1
+    temperatures = betas.shape[-1] - 1
     adapts = settings.rate > 0
     told = (*z.shape[:3], temperatures if adapts else 0)
     result = Result(
-        torch.empty_like(z), z.new_empty(z.shape[:3]), z.new_empty(z.shape[:3]), z.new_empty(told),
+        z.new_empty(z.shape), z.new_empty(z.shape[:3]), z.new_empty(z.shape[:3]), z.new_empty(told),
         z.new_empty((*told, latent_dim)),
     )  # fmt: skip
     if not result.log_weights.numel():
         return result
     x, z, step, scale_tril, mean, log_scale = (t.contiguous() for t in (x, z, step, scale_tril, mean, log_scale))
     betas = betas.to(x.device).expand(replicas, -1).contiguous()
-    packed = gpu_narrow.pack(decoder)
-    table, steps = pair(packed)
-    variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
+    prepared = prepare(x, decoder)
 
     def launch(configuration: tuning.Configuration) -> None:
         block, lanes = block_of(configuration), configuration["lanes"]
         gpu.launch(
             annealing_kernel, (replicas * triton.cdiv(rows * chains, block),),
-            noise.seed, noise.replicas, x, z, betas, step, scale_tril, mean, log_scale, table, packed.bias, variance, *result,
+            noise.seed, noise.replicas, x, z, betas, step, scale_tril, mean, log_scale, *prepared.tensors, *result,
             rows, chains, temperatures, scale_tril.shape[2], settings.leapfrogs, float(settings.jitter), float(settings.rate),
             float(settings.target), settings.first_transition, settings.first_row, *noise.streams,
-            step_of(x), step_of(table), step_of(packed.bias), step_of(variance),
-            L=latent_dim, D=outputs, STEPS=steps, UNROLL=packed.unroll, ACTIVATION=packed.activation,
-            OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, ADAPT=adapts, BLOCK=block, LANES=lanes,
-            num_warps=configuration["warps"],
+            *prepared.steps, **prepared.options, ADAPT=adapts, BLOCK=block, LANES=lanes, num_warps=configuration["warps"],
         )  # fmt: skip
 
-    problem = {
-        "widths": "-".join(map(str, decoder.widths)), "activations": "-".join(decoder.activations),
-        "likelihood": decoder.likelihood, "adapt": adapts, "chains": result.log_weights.numel(),
-    }  # fmt: skip
-    choices = candidates(result.log_weights.numel(), latent_dim + outputs, packed.activation)
     with gpu.device_of(x):
-        launch(tuning.choose("annealing", problem, choices, launch))
+        launch(choose("annealing", decoder, prepared, result.log_weights.numel(), launch, adapt=adapts))
     return result

@@ -155,6 +155,11 @@ def run(
         for rows in blocks(n, at_once)
     ]  # fmt: skip
     if not parts:
-        empty = z.new_empty((replicas, 0, chains))
-        return Result(z, empty, empty, *_nothing(z, (betas.shape[-1] - 1) * bool(settings.rate)))
+        shape = (replicas, 0, chains)
+        return Result(
+            z.new_empty(z.shape),
+            z.new_empty(shape),
+            z.new_empty(shape),
+            *_nothing(z, (betas.shape[-1] - 1) * bool(settings.rate)),
+        )
     return Result(*(torch.cat(p, 1) for p in zip(*parts, strict=True)))

@@ -23,7 +23,8 @@ log pi is held without its constants, which what is kept gets back: they would o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -203,6 +204,27 @@ def squares_of(values, COUNT: tl.constexpr):
 
 
 @triton.jit
+def chains_of(rows, chains, first_row, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Of a program's lanes [BLOCK, LANES] the replica, row and place among all chains, which part of a chain they have, whether
+    they write, and the counters of row and chain."""
+    program = tl.cast(tl.program_id(0), tl.int64)
+    size = tl.cast(rows, tl.int64) * chains
+    blocks = tl.cdiv(size, BLOCK)
+    replica = program // blocks
+    # Of full shape at once: one that is broadcast later would have a layout of its own, and compile for long.
+    slot = tl.reshape(tl.arange(0, BLOCK * LANES), (BLOCK, LANES))
+    lane = slot % LANES
+    own = program % blocks * BLOCK + slot // LANES
+    valid = (own < size) & (lane == 0)
+    own = tl.minimum(own, size - 1)  # lanes beyond repeat the last chain
+    row = own // chains
+    number = (own - row * chains).to(tl.uint32)
+    counter = (first_row + row).to(tl.uint32)
+    own += replica * size
+    return replica, row, own, lane, valid, counter, number
+
+
+@triton.jit
 def uniforms_of(key, counter, number, use, time, fresh, v0, v1, v2, v3):
     """log v' and v of a transition, and the counter's four draws that they come from, made where the sequence enters them."""
     if (time % 2 == 0) | fresh:
@@ -242,20 +264,7 @@ def chains_kernel(
     LANES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK chains of one replica, LANES lanes each; arrays as in reference.run, ``divergences`` int32."""
-    program = tl.cast(tl.program_id(0), tl.int64)
-    size = tl.cast(rows, tl.int64) * chains
-    blocks = tl.cdiv(size, BLOCK)
-    replica = program // blocks
-    # Of full shape at once: one that is broadcast later would have a layout of its own, and compile for long.
-    slot = tl.reshape(tl.arange(0, BLOCK * LANES), (BLOCK, LANES))
-    lane = slot % LANES
-    own = program % blocks * BLOCK + slot // LANES
-    valid = (own < size) & (lane == 0)
-    own = tl.minimum(own, size - 1)  # lanes beyond repeat the last chain
-    row = own // chains
-    number = (own - row * chains).to(tl.uint32)
-    counter = (first_row + row).to(tl.uint32)
-    own += replica * size
+    replica, row, own, lane, valid, counter, number = chains_of(rows, chains, first_row, BLOCK, LANES)
 
     key = tl.load(seed)
     use = 256 * tl.load(replicas + replica)
@@ -400,6 +409,40 @@ def candidates(chains: int, values: int, activation: str) -> list[tuning.Configu
     return [{"warps": w, "per_thread": p, "lanes": n} for w, p, n in dict.fromkeys((fixed, *others))]
 
 
+class Prepared(NamedTuple):
+    """What a kernel of chains needs of a call's data and decoder."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]  # table, bias, variance
+    steps: tuple[int, int, int, int]  # from one replica to the next, of x and of these
+    options: dict[str, Any]
+
+
+def prepare(x: Tensor, decoder: Decoder) -> Prepared:
+    outputs, latent_dim = x.shape[-1], decoder.weights[0].shape[-1]
+    packed = gpu_narrow.pack(decoder)
+    table, steps = pair(packed)
+    variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
+    tensors = table, packed.bias, variance
+    options = {
+        "L": latent_dim, "D": outputs, "STEPS": steps, "UNROLL": packed.unroll, "ACTIVATION": packed.activation,
+        "OUTPUT": decoder.activations[-1], "LIKELIHOOD": decoder.likelihood,
+    }  # fmt: skip
+    return Prepared(tensors, (step_of(x), *map(step_of, tensors)), options)
+
+
+def choose(
+    kernel: str, decoder: Decoder, prepared: Prepared, chains: int, launch: Callable[[tuning.Configuration], None],
+    **problem: Any,
+) -> tuning.Configuration:  # fmt: skip
+    """The configuration for so many chains; ``problem``: what else it may depend on."""
+    known = {
+        "widths": "-".join(map(str, decoder.widths)), "activations": "-".join(decoder.activations),
+        "likelihood": decoder.likelihood, **problem, "chains": chains,
+    }  # fmt: skip
+    options = prepared.options
+    return tuning.choose(kernel, known, candidates(chains, options["L"] + options["D"], options["ACTIVATION"]), launch)
+
+
 def block_of(configuration: tuning.Configuration) -> int:
     """Chains of a program."""
     lanes = (64 if gpu.amd() else 32) * configuration["warps"]
@@ -411,7 +454,6 @@ def run(
 ) -> Result:  # fmt: skip
     """As ``kernels.chains.reference.run`` on its ``log_joint``; x [R or 1, N, D], float32."""
     replicas, rows, chains, latent_dim = z.shape
-    outputs = x.shape[-1]
     result = Result(
         z.new_empty((replicas, rows, chains, settings.kept, latent_dim)),
         z.new_empty((replicas, rows, chains, settings.kept)),
@@ -422,27 +464,20 @@ def run(
     if not step.numel():
         return result._replace(divergences=result.divergences.long())
     x, z, step, log_scale = x.contiguous(), z.contiguous(), step.contiguous(), log_scale.contiguous()
-    packed = gpu_narrow.pack(decoder)
-    table, steps = pair(packed)
-    variance = decoder.variance.expand(-1, outputs if decoder.likelihood == "gaussian" else -1).contiguous()
+    prepared = prepare(x, decoder)
 
     def launch(configuration: tuning.Configuration) -> None:
         block, lanes = block_of(configuration), configuration["lanes"]
         gpu.launch(
             chains_kernel, (replicas * triton.cdiv(rows * chains, block),),
-            noise.seed, noise.replicas, x, z, step, log_scale, table, packed.bias, variance, *result,
+            noise.seed, noise.replicas, x, z, step, log_scale, *prepared.tensors, *result,
             rows, chains, settings.kept, settings.transitions, settings.steps, settings.thinning,
             float(settings.jitter), float(settings.target), settings.first_transition, settings.first_row, *noise.streams,
-            step_of(x), step_of(table), step_of(packed.bias), step_of(variance),
-            L=latent_dim, D=outputs, STEPS=steps, UNROLL=packed.unroll, ACTIVATION=packed.activation,
-            OUTPUT=decoder.activations[-1], LIKELIHOOD=decoder.likelihood, WALK=settings.method == "random-walk",
-            ADAPT=settings.target > 0, BLOCK=block, LANES=lanes, num_warps=configuration["warps"],
+            *prepared.steps, **prepared.options, WALK=settings.method == "random-walk", ADAPT=settings.target > 0, BLOCK=block,
+            LANES=lanes, num_warps=configuration["warps"],
         )  # fmt: skip
 
-    problem = {
-        "widths": "-".join(map(str, decoder.widths)), "activations": "-".join(decoder.activations),
-        "likelihood": decoder.likelihood, "method": settings.method, "adapt": settings.target > 0, "chains": step.numel(),
-    }  # fmt: skip
     with gpu.device_of(x):
-        launch(tuning.choose("chains", problem, candidates(step.numel(), latent_dim + outputs, packed.activation), launch))
+        adapts = settings.target > 0
+        launch(choose("chains", decoder, prepared, step.numel(), launch, method=settings.method, adapt=adapts))
     return result._replace(divergences=result.divergences.long())

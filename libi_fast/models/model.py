@@ -37,6 +37,14 @@ class MeanField(NamedTuple):
         """KL[q || N(0, I)] of each row, [..., N], in nats."""
         return 0.5 * (self.mean.square() + (2 * self.log_std).exp() - 1 - 2 * self.log_std).sum(-1)
 
+    def expectation(self) -> Tensor:
+        """E[z] of each row, [..., N, L], as of a :class:`libi_fast.Proposal`."""
+        return self.mean
+
+    def standard_deviations(self) -> Tensor:
+        """Of each latent of each row, [..., N, L]."""
+        return self.log_std.exp()
+
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z) of codes z [..., N, s, L], [..., N, s], in nats."""
         whitened = (z - self.mean[..., None, :]) * (-self.log_std).exp()[..., None, :]

@@ -7,6 +7,7 @@ differentiable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,9 +17,10 @@ from libi_fast.errors import InputError
 from libi_fast.kernels import cpu as native
 from libi_fast.kernels.annealing import reference
 from libi_fast.kernels.annealing.reference import Result, Settings
-from libi_fast.kernels.chains.reference import Density, Noise, log_joint
+from libi_fast.kernels.chains.reference import Density, log_joint
 from libi_fast.ops import _library as lib
 from libi_fast.ops import random
+from libi_fast.ops.chains import noise_of, unpack
 from libi_fast.ops.importance import _DECODER_SCHEMA, Layers, _float32_only, check_layers
 from libi_fast.ops.random import Stream
 
@@ -27,13 +29,7 @@ __all__ = ["Result", "Settings", "annealing_of_density", "annealing_of_layers"]
 _STREAMS = (int(Stream.ANNEALING_MOMENTUM), int(Stream.ANNEALING_ACCEPTANCE))
 
 
-def _noise(seed: Tensor, replicas: Tensor) -> Noise:
-    return Noise(seed, replicas, _STREAMS, random.drawing("normal"), random.drawing("uniform"))
-
-
-def _unpack(parameters, variance, activations, has_bias, likelihood, seed, replicas, *settings):
-    layers = Layers(tuple(activations.split(",")), tuple(has_bias), likelihood)
-    return layers.decoder(parameters, variance), _noise(seed, replicas), Settings(*settings)
+_unpack = functools.partial(unpack, Settings, _STREAMS)
 
 
 def _reference(x, z, betas, step, scale_tril, mean, log_scale, *rest):
@@ -66,7 +62,7 @@ def _fake(x, z, betas, step, scale_tril, mean, log_scale, parameters, variance, 
     shape = z.shape[:3]
     temperatures = betas.shape[-1] - 1 if rate > 0 else 0
     return (
-        torch.empty_like(z), z.new_empty(shape), z.new_empty(shape), z.new_empty((*shape, temperatures)),
+        z.new_empty(z.shape), z.new_empty(shape), z.new_empty(shape), z.new_empty((*shape, temperatures)),
         z.new_empty((*shape, temperatures, z.shape[3])),
     )  # fmt: skip
 
@@ -121,4 +117,6 @@ def annealing_of_density(
 ) -> Result:  # fmt: skip
     """Any log p(x, z), with its gradient: see ``kernels.annealing.reference.run``."""
     with torch.no_grad():
-        return reference.run(density, z, betas, step, scale_tril, mean, log_scale, _noise(seed, replicas), settings, widest)
+        return reference.run(
+            density, z, betas, step, scale_tril, mean, log_scale, noise_of(_STREAMS, seed, replicas), settings, widest
+        )

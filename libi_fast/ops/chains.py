@@ -6,6 +6,7 @@ elementwise activations go through ``torch.ops.libi_fast.chains``; any other den
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -25,13 +26,18 @@ __all__ = ["METHODS", "Density", "Result", "Settings", "chains_of_density", "cha
 _STREAMS = (int(Stream.MOMENTUM), int(Stream.ACCEPTANCE))
 
 
-def _noise(seed: Tensor, replicas: Tensor) -> Noise:
-    return Noise(seed, replicas, _STREAMS, random.drawing("normal"), random.drawing("uniform"))
+def noise_of(streams: tuple[int, int], seed: Tensor, replicas: Tensor) -> Noise:
+    """What moves chains, from ``streams`` of momenta and of acceptance."""
+    return Noise(seed, replicas, streams, random.drawing("normal"), random.drawing("uniform"))
 
 
-def _unpack(parameters, variance, activations, has_bias, likelihood, seed, replicas, *settings):
+def unpack(kind, streams, parameters, variance, activations, has_bias, likelihood, seed, replicas, *settings):
+    """The decoder, noise and settings, of type ``kind``, in an operator's last arguments."""
     layers = Layers(tuple(activations.split(",")), tuple(has_bias), likelihood)
-    return layers.decoder(parameters, variance), _noise(seed, replicas), Settings(*settings)
+    return layers.decoder(parameters, variance), noise_of(streams, seed, replicas), kind(*settings)
+
+
+_unpack = functools.partial(unpack, Settings, _STREAMS)
 
 
 def _reference(x, z, step, log_scale, *rest):
@@ -124,4 +130,4 @@ def chains_of_density(
 ) -> Result:  # fmt: skip
     """Any density, with its gradient: see ``kernels.chains.reference.run``."""
     with torch.no_grad():
-        return reference.run(density, z, step, log_scale, _noise(seed, replicas), settings, widest)
+        return reference.run(density, z, step, log_scale, noise_of(_STREAMS, seed, replicas), settings, widest)

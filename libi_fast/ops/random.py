@@ -32,7 +32,8 @@ class Stream(IntEnum):
     ANNEALING_START = 11
     ANNEALING_MOMENTUM = 12
     ANNEALING_ACCEPTANCE = 13
-    SIMULATION = 14  # pairs of code and data that an inference model learns from
+    SIMULATION = 14  # codes of the pairs that an inference model learns from
+    SIMULATION_NOISE = 30  # and the noise of their data
 
 
 INDEX_LIMIT = 2**32

@@ -264,8 +264,7 @@ class Method:
 
     def codes(self, x: Any) -> Tensor:
         """The posterior means, [N, L]."""
-        q = self.posterior(x)
-        return q.mean if isinstance(q, MeanField) else q.expectation()
+        return self.posterior(x).expectation()
 
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """n draws from p(x), [n, D], in the data's own units."""

@@ -37,10 +37,10 @@ def simulated_terms(run: Run, pairs: int, rows: Rows, repetition: int) -> Terms:
     own: dict[str, Any] = {
         "replicas": replicas.own["ids"], "first_row": part.start, "repetition": repetition, "dtype": replicas.dtype,
     }  # fmt: skip
-    count, stream = part.stop - part.start, int(Stream.SIMULATION)
-    z = philox_normal(run.seed, count, model.latent_dim, stream=stream, **own)
+    count = part.stop - part.start
+    z = philox_normal(run.seed, count, model.latent_dim, stream=Stream.SIMULATION, **own)
     draw = philox_normal if model.likelihood.reparameterized else philox_uniform
-    noise = draw(run.seed, count, rows.values.shape[-1], stream=stream + 16, **own)
+    noise = draw(run.seed, count, rows.values.shape[-1], stream=Stream.SIMULATION_NOISE, **own)
     with torch.no_grad():
         x = replicas("simulate", z, noise)
     return {"simulated": -replicas.log_q(x, z[:, :, None])[..., 0].sum(-1) / pairs}

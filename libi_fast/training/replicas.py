@@ -46,8 +46,7 @@ class System(nn.Module):
         if self.encoder is not None:
             with self._networks():
                 return self.encoder(x).to(x.dtype)
-        q = self.q(x)
-        return q.mean if isinstance(q, MeanField) else q.expectation()
+        return self.q(x).expectation()
 
     def q(self, x: Tensor) -> MeanField | FullCovariance | GaussianMixture:
         """q(z | x) of each row."""

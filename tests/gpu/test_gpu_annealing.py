@@ -9,6 +9,7 @@ from torch import Tensor
 
 from libi_fast.kernels.annealing import gpu, reference
 from libi_fast.kernels.annealing.reference import Result, Settings
+from libi_fast.kernels.chains import gpu as chains_gpu
 from libi_fast.kernels.chains.reference import Noise, log_joint, reference_normal, reference_uniform
 from libi_fast.kernels.importance.reference import ACTIVATIONS
 
@@ -112,7 +113,7 @@ def test_programs_move_no_bit(device, monkeypatch, size):
     c = case([2, 9, 2], rows=5, chains=7)
     settings = Settings(3, jitter=0.5)
     before = c.fused(device, settings)
-    monkeypatch.setattr(gpu, "candidates", lambda *sizes: [size])
+    monkeypatch.setattr(chains_gpu, "candidates", lambda *sizes: [size])
     after = c.fused(device, settings)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
