@@ -413,7 +413,7 @@ class Prepared(NamedTuple):
     """What a kernel of chains needs of a call's data and decoder."""
 
     tensors: tuple[Tensor, Tensor, Tensor]  # table, bias, variance
-    steps: tuple[int, int, int, int]  # from one replica to the next, of x and of these
+    steps: tuple[int, ...]  # from one replica to the next, of x and of these
     options: dict[str, Any]
 
 
