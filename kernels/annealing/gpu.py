@@ -209,6 +209,8 @@ def run(
     x, z, step, scale_tril, mean, log_scale = (t.contiguous() for t in (x, z, step, scale_tril, mean, log_scale))
     betas = betas.to(x.device).expand(replicas, -1).contiguous()
     prepared = prepare(x, decoder)
+    # Left to itself, an assembler for sm_100 gives a pilot run 96 registers, for more programs at a time, and spills.
+    limit = {"maxnreg": 255} if adapts and not gpu.amd() else {}
 
     def launch(configuration: tuning.Configuration) -> None:
         block, lanes = block_of(configuration), configuration["lanes"]
@@ -218,6 +220,7 @@ def run(
             rows, chains, temperatures, scale_tril.shape[2], settings.leapfrogs, float(settings.jitter), float(settings.rate),
             float(settings.target), settings.first_transition, settings.first_row, *noise.streams,
             *prepared.steps, **prepared.options, ADAPT=adapts, BLOCK=block, LANES=lanes, num_warps=configuration["warps"],
+            **limit,
         )  # fmt: skip
 
     with gpu.device_of(x):
