@@ -24,7 +24,7 @@ def same_threads() -> None:
 if __name__ == "__main__":
     same_threads()
 
-from benchmarks import accuracy, cpu, exact_likelihood, nonlinear, plots, proposals, report, robustness, smooth_knn  # noqa: E402
+from benchmarks import accuracy, cpu, digits, exact_likelihood, nonlinear, plots, proposals, report, robustness, smooth_knn  # noqa: E402
 
 OTHERS = {
     "linear_jtex": lambda: accuracy.linear("LinearJTEx"),
@@ -33,7 +33,7 @@ OTHERS = {
     "nonlinear": nonlinear.run,
     "smooth_knn_of_models": smooth_knn.run,
     "robustness": robustness.run,
-    "digits": accuracy.digits,
+    "digits": digits.run,
     "proposals": proposals.run,
 }
 

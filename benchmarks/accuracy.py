@@ -1,4 +1,4 @@
-"""What the methods reach: exact likelihoods on LinearJTEx and Gaussian, held-out digits beside FactorAnalysis."""
+"""What the methods reach: exact likelihoods on LinearJTEx and Gaussian."""
 
 from __future__ import annotations
 
@@ -94,38 +94,4 @@ def linear(name: str, progress: bool = True) -> dict[str, Any]:
         }  # fmt: skip
         if elbos:
             results[label]["train ELBO after L-BFGS"] = mean_and_error(elbos)
-    return results
-
-
-DIGITS_SETTINGS = {
-    "LiBI": (lf.LiBI, {"repeats": 6}, 3000),
-    "VAE": (lf.VAE, {}, 6000),
-    "IWAE": (lf.IWAE, {"num_samples": 8}, 1500),
-}
-
-
-def digits(progress: bool = True) -> dict[str, Any]:
-    """Held-out log-likelihood of dequantised digits, 8 latents, beside FactorAnalysis(8)'s exact one."""
-    from sklearn.decomposition import FactorAnalysis
-
-    data = lf.data.load("digits", seed=0)
-    factors = FactorAnalysis(8, tol=1e-6, max_iter=10_000).fit(data.train.double().numpy())
-    exact = torch.from_numpy(factors.score_samples(data.test.double().numpy()))
-    results: dict[str, Any] = {"FactorAnalysis(8)": {"exact test LL": exact.mean().item(), "rows": len(exact)}}
-    for label, (method, settings, epochs) in DIGITS_SETTINGS.items():
-        torch.manual_seed(0)
-        model = lf.LatentVariableModel(lf.mlp(8, [64], 64, "tanh"), lf.DiagonalGaussian(torch.ones(64), learned=True), 8)
-        fitted = method(model, lf.MeanFieldGaussian(lf.mlp(64, [64], 16, "relu")), **settings)
-        start = time.perf_counter()
-        fitted.fit(data.train, data.validation, epochs=epochs, standardize=True, early_stopping=True, seed=0, progress=progress)
-        r = fitted.log_likelihood(data.test)
-        gain = r.log_likelihood.double() - exact
-        results[label] = {
-            "epochs": epochs, **settings, "seconds": time.perf_counter() - start,
-            "importance-sampled test LL (S = 5000, inflation 2)": r.log_likelihood.mean().item(),
-            "above FactorAnalysis(8)": gain.mean().item(),
-            "its standard error over rows": (gain.std() / math.sqrt(len(gain))).item(),
-            "median effective sample size": r.effective_sample_size.median().item(),
-            "share of rows with Pareto k < 0.7": (r.pareto_k < 0.7).double().mean().item(),
-        }  # fmt: skip
     return results

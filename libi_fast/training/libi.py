@@ -28,7 +28,7 @@ from libi_fast.training.method import Method, elbo_at_start, fit_decoder
 from libi_fast.training.objectives import importance_terms
 from libi_fast.training.replicas import Replicas, System
 from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Phase, Run, Stage, Terms
-from libi_fast.training.start import copy_encoder, mirror_codes, start_std, tie_components, whiten_codes
+from libi_fast.training.start import copy_encoder, mirror_codes, start_std, use_one_component, whiten_codes
 
 STEP1_SHARE = 2 / 3  # of a repeat's epochs
 STEP1 = ("joint", "importance", "quadrature")
@@ -226,7 +226,7 @@ class LiBI(Method):
             return [phase("step 1", epochs, s["step1"])]
         warm_up, stages = min(s["warm_up"], epochs // 6), list[Stage]()
         if prefix == "inference." and run.replicas.template.inference.components > 1:
-            stages += [lambda run: tie_components(run.replicas)]
+            stages += [lambda run: use_one_component(run.replicas)]
         if s["whiten"]:
             stages += [lambda run: whiten_codes(run.replicas, prefix, run.train.values)]
         if self._candidates_train:

@@ -15,6 +15,7 @@ from libi_fast.training.constraints import moment_errors
 from libi_fast.training.replicas import Replicas, chosen
 
 START_STDS = [0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001]
+UNUSED = -1000.0  # log weight of a component whose weight is 0 in either precision
 
 
 def last_linear(replicas: Replicas, prefix: str) -> tuple[str, str | None] | None:
@@ -37,17 +38,17 @@ def code_places(replicas: Replicas, prefix: str) -> Tensor:
 
 
 @torch.no_grad()
-def tie_components(replicas: Replicas) -> None:
-    """Make all components of a mixture one, of equal weights: while codes are its mean they learn alike."""
-    names, latent_dim = _last_of_inference(replicas), replicas.template.model.latent_dim
+def use_one_component(replicas: Replicas) -> None:
+    """Give the first component of a mixture all the weight, so that codes, its mean, are that component's alone. Gradients of
+    all others are exactly 0: of equal components they would be rounding errors, which Adam makes steps of."""
+    names = _last_of_inference(replicas)
     if names is None:
         return
-    means, _ = replicas.template.inference.places(latent_dim)
-    others = _others(replicas, means)
-    for name in names:
-        tensor = replicas.parameters[name]
-        tensor[:, means] = tensor[:, means[:1]].expand_as(tensor[:, means]).clone()
-        tensor[:, others] = 0
+    weight, bias = replicas.parameters[names[0]], replicas.parameters[names[1]]
+    components = replicas.template.inference.components  # whose log weights come first
+    weight[:, :components] = 0
+    bias[:, 0] = 0
+    bias[:, 1:components] = UNUSED
 
 
 def _last_of_inference(replicas: Replicas) -> tuple[str, str] | None:
@@ -104,16 +105,16 @@ def mirror_codes(replicas: Replicas, prefix: str, group: int) -> None:
 @torch.no_grad()
 def start_std(replicas: Replicas, objective: Callable[[], Tensor], initial_std: float | None = None) -> None:
     """Set q's standard deviation to one number, without correlations: the one given, or each replica's best of a grid by
-    ``objective`` [R]. Components of a mixture begin that far apart."""
+    ``objective`` [R]. Components of a mixture begin with the first one's mean, that far apart."""
     names = _last_of_inference(replicas)
     if names is None:
         return
     weight, bias = replicas.parameters[names[0]], replicas.parameters[names[1]]
     inference, latent_dim = replicas.template.inference, replicas.template.model.latent_dim
     means, log_stds = inference.places(latent_dim)
-    others = _others(replicas, means)
-    weight[:, others] = 0
-    bias[:, others] = 0
+    for tensor in (weight, bias):
+        tensor[:, means] = tensor[:, means[:1]].expand_as(tensor[:, means]).clone()
+        tensor[:, _others(replicas, means)] = 0
     centre = bias[:, means]
     apart = torch.zeros_like(centre[0])
     if inference.components > 1:
