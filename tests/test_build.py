@@ -52,16 +52,16 @@ def test_every_kernel_source_is_built() -> None:
 
 @pytest.mark.slow
 def test_the_build_does_not_become_long(tmp_path: Path) -> None:
-    """In processor time, which other programs on the machine hardly move, and in units of what the compiler takes there for a
-    page that matches regular expressions (1 to 5 seconds): 33 of them when this was written."""
+    """One of its instruction sets, in processor time, which other programs on the machine hardly move, and in units of what the
+    compiler takes there for a page that matches regular expressions (1 to 5 seconds): 9 to 11 when this was written."""
     if shutil.which("cmake") is None or shutil.which("c++") is None:
         pytest.skip("needs cmake and a C++ compiler")
     page = tmp_path / "page.cpp"
     page.write_text(PAGE)
     unit = min(processor_time("c++", "-O3", "-std=c++17", "-c", str(page), "-o", str(tmp_path / "page.o")) for _ in range(2))
-    configuring = processor_time("cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"))
-    building = processor_time("cmake", "--build", str(tmp_path / "build"), "--parallel", "2")
-    assert configuring + building < 40 * unit
+    processor_time("cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"))
+    building = processor_time("cmake", "--build", str(tmp_path / "build"), "--parallel", "2", "--target", "kernels_generic")
+    assert building < 13 * unit
 
 
 def processor_time(*command: str) -> float:
