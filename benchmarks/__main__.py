@@ -24,7 +24,19 @@ def same_threads() -> None:
 if __name__ == "__main__":
     same_threads()
 
-from benchmarks import accuracy, cpu, digits, exact_likelihood, nonlinear, plots, proposals, report, robustness, smooth_knn  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy,
+    cpu,
+    digits,
+    exact_likelihood,
+    inference,
+    nonlinear,
+    plots,
+    proposals,
+    report,
+    robustness,
+    smooth_knn,
+)
 
 OTHERS = {
     "linear_jtex": lambda: accuracy.linear("LinearJTEx"),
@@ -35,22 +47,23 @@ OTHERS = {
     "robustness": robustness.run,
     "digits": digits.run,
     "proposals": proposals.run,
+    "inference": inference.run,
 }
+KNOWN = [*cpu.NAMES, *cpu.ALIASES, *OTHERS]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where ours was wrong somewhere."""
-    known = [*cpu.NAMES, *cpu.ALIASES, *OTHERS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="*", help=f"any of: {', '.join(known)} (default: {' '.join(cpu.NAMES)})")
+    parser.add_argument("what", nargs="*", help=f"any of: {', '.join(KNOWN)} (default: {' '.join(cpu.NAMES)})")
     parser.add_argument("--sweep", action="store_true", help="instead, over N, S, L and D around W2 and W3")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run")
     parser.add_argument("--peers", nargs="+", help="only kinds whose names begin so: JAX, torch.compile ...")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of results (default: %(default)s)")
     options = parser.parse_args(arguments)
-    unknown = [w for w in options.what if w not in known]
+    unknown = [w for w in options.what if w not in KNOWN]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(KNOWN)}")
     if options.sweep:
         return sweep(options)
     chosen = dict.fromkeys(cpu.ALIASES.get(w, w) for w in options.what or cpu.NAMES)

@@ -1,6 +1,7 @@
 """The workloads W1 to W7 and W9 on the CPU, beside every peer at its best.
 
-All in one process: peers are checked and tried one by one, then the fastest three of each kind and ours are timed in turns.
+All in one process: peers are checked and tried one by one, then the fastest three of each kind and ours are timed in turns
+(a kind that is far slower, and would take long, keeps the time of its trial).
 A form that returns other numbers is refused and gets no time; where ours is wrong, nothing of the workload gets one. Memory
 is that of one form in a process of its own (memory.py).
 """
@@ -27,6 +28,8 @@ ALIASES = {"log_mean_exp": "W1", "henze_zirkler": "W5", "smooth_knn": "W6", "cha
 FINALISTS = 3  # of each kind
 FEW = 20  # rows
 TRY_LIMIT = 240.0  # seconds of checking, compiling and trying one form above which larger chunks of its kind are left out
+FAR = 5.0  # times the fastest of all: a form so slow is not timed in turns, if all its calls would take LONG
+LONG = 20.0  # seconds
 HOPELESS = 4.0  # times the fastest of its kind: one call is enough to know
 
 
@@ -63,7 +66,7 @@ def measure_case(case: Case, peers: list[str] | None, rounds: int, memory_of: st
         return result | {"refused": "ours is wrong"}
     print(f"\n{case.name}: {case.size}", flush=True)
     good = tried(case, peers, result["forms"])
-    runs = {"libi_fast": (case.ours, 1.0)} | {f.name: (f.run, f.share) for f in finalists(good, result["forms"])}
+    runs = {"libi_fast": (case.ours, 1.0)} | {f.name: (f.run, f.share) for f in finalists(good, result["forms"], rounds)}
     times = interleaved({n: run for n, (run, _) in runs.items()}, rounds, warm=1)
     for name, (_, share) in runs.items():
         scaled = {k: v / share if k.endswith("ms") else v for k, v in times[name].items()}
@@ -161,8 +164,10 @@ def try_form(case: Case, form: Form, entry: dict[str, Any], least: float | None)
     return None, times
 
 
-def finalists(good: list[Form], entries: dict[str, Any]) -> list[Form]:
+def finalists(good: list[Form], entries: dict[str, Any], rounds: int) -> list[Form]:
     by_kind: dict[str, list[Form]] = {}
+    fastest = min((entries[f.name]["best ms"] for f in good), default=0.0)
+    good = [f for f in good if entries[f.name]["best ms"] < max(FAR * fastest, 1e3 * LONG / rounds / f.share)]
     for form in sorted(good, key=lambda f: entries[f.name]["best ms"]):
         by_kind.setdefault(kind_of(form.name), []).append(form)
     return [form for kind in by_kind.values() for form in kind[:FINALISTS]]

@@ -297,6 +297,16 @@ def test_annealing_is_measured(tmp_path):
     assert measured["forms"][measured["peer"]]["whole run"]["allowed"]
 
 
+def test_forms_that_are_slow_and_far_from_the_fastest_are_not_timed_in_turns():
+    times = {"JAX": 500.0, "JAX, other": 600.0, "torch": 3000.0, "torch, short": 1200.0, "torch, scaled": 3000.0}
+    forms = [workloads.Form(name, "ieee", list, list, 0.1 if "scaled" in name else 1.0) for name in times]
+    entries = {name: {"best ms": ms} for name, ms in times.items()}
+    chosen = {f.name for f in cpu.finalists(forms, entries, rounds=15)}
+    assert chosen == set(times) - {"torch"}
+    assert {f.name for f in cpu.finalists(forms, entries, rounds=3)} == set(times)
+    assert cpu.finalists([], {}, rounds=15) == []
+
+
 def test_other_names(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         entry.main(["W2", "W8", "--out", str(tmp_path)])
