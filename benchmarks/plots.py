@@ -49,7 +49,7 @@ def cpu(measured: dict[str, Any], about: str, path: Path) -> Path | None:
     lines = math.ceil(len(shown) / columns)
     heights = [max(len(r) for r in list(ratios.values())[i * columns : (i + 1) * columns]) for i in range(lines)]
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(5.2 * columns, sum(0.3 * h + 1.0 for h in heights) + 0.5), squeeze=False,
+        lines, columns, figsize=(max(7.0, 5.2 * columns), sum(0.3 * h + 1.0 for h in heights) + 0.5), squeeze=False,
         layout="constrained", gridspec_kw={"height_ratios": [h + 2.2 for h in heights]},
     )  # fmt: skip
     for axis in axes.flat[len(shown) :]:
