@@ -591,7 +591,7 @@ void annealing(Case& c) {
         constexpr int64_t lowest = std::numeric_limits<int64_t>::min(), highest = std::numeric_limits<int64_t>::max();
         const int64_t low = c.one_of<int64_t>({-1, lowest}), high = c.one_of<int64_t>({low, words + 1, highest});
         if (c.one_in(4)) *c.one_of({&call.jitter, &call.target, &call.rate}) = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
-        else if (c.one_in(4)) betas[c.up_to(all_betas - 1)] = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
+        else if (all_betas > 0 && c.one_in(4)) betas[c.up_to(all_betas - 1)] = c.one_of({-1e-9, 1.1, kNaN, kInfinity});
         else if (c.one_in(3)) *c.one_of({&call.leapfrogs, &call.temperatures, &call.windows}) = c.one_in(2) ? 0 : low;
         else if (c.one_in(2)) *c.one_of({&call.momentum_stream, &call.acceptance_stream}) = high;
         else *c.one_of({&call.temperatures, &call.first_transition}) = high;
