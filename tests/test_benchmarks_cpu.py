@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 
+import libi_fast as lf
 from benchmarks import __main__ as entry
-from benchmarks import annealing, cases, chains, cpu, log_mean_exp, memory, peak, plots, report, smooth_knn, workloads
+from benchmarks import annealing, cases, chains, cpu, digits, log_mean_exp, memory, peak, plots, report, smooth_knn, workloads
 from benchmarks.workloads import Form
 
 EAGER = ["torch eager"]
@@ -305,6 +306,25 @@ def test_forms_that_are_slow_and_far_from_the_fastest_are_not_timed_in_turns():
     assert chosen == set(times) - {"torch"}
     assert {f.name for f in cpu.finalists(forms, entries, rounds=3)} == set(times)
     assert cpu.finalists([], {}, rounds=15) == []
+
+
+def test_estimates_side_by_side_are_in_the_units_of_the_data(monkeypatch):
+    monkeypatch.setattr(digits, "SAMPLES", (2000,))
+    monkeypatch.setattr(digits, "ANNEALED", {"chains": 16, "temperatures": 100})
+    monkeypatch.setattr(digits, "SIMULATED", 10)
+    data = lf.data.LinearJTEx(seed=1, train=100, validation=50, test=20)
+    torch.manual_seed(0)
+    model = lf.LatentVariableModel(torch.nn.Linear(2, 2), lf.Gaussian(0.3, learned=True), 2)
+    fitted = lf.VAE(model, lf.MeanFieldGaussian(torch.nn.Linear(2, 4)))
+    fitted.fit(100 * data.train, 100 * data.validation, epochs=300, standardize=True, progress=False)
+    inward = fitted.standardizer.transform(100 * data.test).float()
+    exact = (lf.exact_log_likelihood(model, inward) - fitted.standardizer.log_abs_det).mean().item()
+    found = digits.estimates(fitted, 100 * data.test)
+    bounds = found.pop("bounds on simulated rows")
+    assert [name.split(",")[0] for name in found] == ["importance sampling", "Pareto-smoothed", "annealed"]
+    for estimate in found.values():
+        assert abs(estimate[digits.LIKELIHOOD] - exact) < 0.1 and 0 < estimate[digits.VOUCHED] <= 1
+    assert abs(bounds["upper minus lower"]) < 0.3
 
 
 def test_other_names(monkeypatch, tmp_path, capsys):
