@@ -202,6 +202,7 @@ def compare(name: str, kind: str) -> dict[str, Any]:
 
 
 def run(names: Sequence[str] = tuple(STEP1)) -> dict[str, Any]:
+    """``names``: the data sets, all by default; they may be done one by one, as what is done lies in KEPT."""
     ways = [(name, kind) for name in names for kind in KINDS]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:  # one thread each
         seconds = dict(zip(names, pool.map(prepare, names), strict=True))
