@@ -1,5 +1,6 @@
 """LiBI, VAE and IWAE: objectives against independent formulas, invariances of training, and what it reaches."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -307,6 +308,32 @@ def test_tolerance_ends_no_phase_that_must_go_its_way():
     libi = lf.LiBI(*small_system(torch.float32), repeats=1, warm_up=30)
     libi.fit(x, epochs=400, tolerance=10.0, patience=5, progress=False)
     assert {h["phase"]: h["epoch"] for h in libi.history if "epoch" in h}["candidates"] == 29
+
+
+class Jolt(lf.Constraint):
+    """Holds always, but in one step its gradient is ``size`` times the codes' own scale."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def violation(self, step):
+        return step.z.mean((-2, -1)) * (self.size if step.step == 100 else 0.0)
+
+
+def test_one_step_with_a_gradient_out_of_proportion_does_not_end_training():
+    """It would leave second moments in Adam after which steps are too short for thousands of epochs."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 3, dtype=torch.float64)
+    start, reached = small_system(), []
+    for size in (0.0, 1e9):
+        libi = lf.LiBI(*copy.deepcopy(start), repeats=1, candidates=1, warm_up=0, constraints=[Jolt(size)])
+        libi.fit(x, epochs=600, progress=False)
+        terms = ("reconstruction", "henze_zirkler", "covariance", "mean")
+        step1 = [h for h in libi.history if h["phase"] == "step 1"]
+        reached += [[sum(h[term][0] for term in terms) for h in step1 if h["epoch"] in (96, 399)]]
+    (at_jolt, undisturbed), (_, disturbed) = reached
+    assert undisturbed < at_jolt - 1
+    assert disturbed < undisturbed + 0.3 * (at_jolt - undisturbed)
 
 
 def test_training_goes_on_from_a_fit_with_an_encoder_of_its_own():

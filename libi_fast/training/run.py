@@ -24,8 +24,11 @@ from libi_fast.training.replicas import Replicas, chosen
 from libi_fast.training.schedule import Schedule
 
 SMALLEST_BLOCK = 16  # replicas: the numbers in the widest vector register
+PROGRESS = ("epoch", "steps", "usual", "best", "scores", "width", "places", "rungs")  # the same of a phase under way
 REPORTS = 50  # history records a phase
 KEPT = ("position", "step", "epochs", "histories", "alive", "objective", "judged", "best", "scores")  # of a Run in a checkpoint
+CLIP = 10.0  # gradients of more than so many times their usual norm are cut to that
+USUAL = 0.02  # weight of a step in the running mean of norms
 VALIDATION_SAMPLES = 16
 VALIDATION_DRAWS = 2**32 - 1  # the repetition whose draws every look at the held-out rows takes
 
@@ -284,7 +287,8 @@ class _Progress:
         self.run, self.phase, self.schedule = run, phase, schedule
         self._optimise(parameters)
         self.every = max(1, phase.epochs // REPORTS)
-        self.epoch = 0
+        self.epoch = self.steps = 0
+        self.usual = torch.zeros_like(run.objective)  # norm of the gradient
         self.stops_early = run.options.early_stopping and phase.validate is not None
         self.best = run.replicas.snapshot() if self.stops_early else {}
         self.scores = torch.full_like(run.objective, math.inf)
@@ -301,12 +305,12 @@ class _Progress:
 
     def state(self) -> dict[str, Any]:
         return {
-            "epoch": self.epoch, "optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state(),
-            "best": self.best, "scores": self.scores, "width": self.width, "places": self.places, "rungs": self.rungs,
+            "optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state(),
+            **{name: getattr(self, name) for name in PROGRESS},
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
-        for name in ("epoch", "best", "scores", "width", "places", "rungs"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load(state["schedule"])
@@ -345,6 +349,7 @@ class _Progress:
             self.optimiser.zero_grad(set_to_none=True)
             terms = run.in_blocks(functools.partial(self._loss, rows), backward=True)
             distributed.sum_gradients(self.parameters)
+            self._clip()
             self.optimiser.step()
             run.step += 1
             count += 1
@@ -353,6 +358,22 @@ class _Progress:
         if not count:
             raise InputError(f"no batch of at least {run.batches.least} rows in an epoch")
         return {k: distributed.total(v) / count for k, v in sums.items()}
+
+    def _clip(self) -> None:
+        """Cut the gradients of replicas where their norm is out of all proportion. Without it one step too long may end in the
+        far tails of a density, where gradients are a million times as large; what they leave in Adam's second moments keeps
+        it there."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            return
+        norm = torch.cat([g.flatten(1) for g in gradients], 1).norm(dim=1)
+        if not self.steps:
+            self.usual = norm
+        limit = torch.where(self.usual > 0, CLIP * self.usual, math.inf)
+        factor = (limit / norm).clamp(max=1.0)
+        torch._foreach_mul_(gradients, [factor.view(-1, *(1,) * (g.dim() - 1)) for g in gradients])
+        self.steps += 1
+        self.usual = self.usual.lerp(torch.minimum(norm, limit), max(USUAL, 1 / self.steps))
 
     def _loss(self, rows: Rows) -> Terms:
         return self.phase.loss(self.run.replicas.rows(rows), self.run.step)
@@ -368,7 +389,7 @@ class _Progress:
             self.optimiser.state[parameter] = {k: v[index] if v.dim() else v for k, v in old.items()}
         self.schedule.select(index)
         self.best = {k: v[index] for k, v in self.best.items()}
-        self.scores, self.places = self.scores[index], self.places[index]
+        self.usual, self.scores, self.places = self.usual[index], self.scores[index], self.places[index]
 
     def _judge(self, objective: Tensor, means: Terms) -> None:
         """Name every replica that turned non-finite, and stop where none is left."""
