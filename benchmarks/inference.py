@@ -5,8 +5,8 @@ paper's network with its last layer as wide as each needs, by three objectives. 
 (S = 5000, variance doubled), with q as it is, and with a tenth of the prior.
 
 Step 1 has fewer restarts and epochs than ``python -m benchmarks nonlinear``, which asks how near the truth it comes: here the
-exact value is that of the fitted model, whatever it is. The settings were chosen on the data sets of seeds 0 to 4 (and Gaussian's
-of 100 to 104, an earlier table's, where Adam's jumps came to light); those of SEEDS were used for this table alone.
+exact value is that of the fitted model, whatever it is. The settings were chosen on the data sets of seeds 0 to 4 (and
+Gaussian's of 100 to 104, an earlier table's, where Adam's jumps came to light); those of SEEDS were used for this table alone.
 """
 
 from __future__ import annotations
