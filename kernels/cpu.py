@@ -24,8 +24,9 @@ from libi_fast.kernels.annealing import reference as annealing_reference
 from libi_fast.kernels.chains.reference import METHODS, Noise, Result
 from libi_fast.kernels.chains.reference import Settings as ChainSettings
 from libi_fast.kernels.importance.reference import ACTIVATIONS, GRADIENTS, Draws
+from libi_fast.kernels.training import reference as training_reference
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _ACTIVATIONS = list(ACTIVATIONS)  # numbered as in kernels/importance/cpu_layers.hpp; GRADIENTS as in cpu_backward.cpp
 _MASK = 2**64 - 1
 _ERRORS = {
@@ -96,9 +97,33 @@ class _Annealing(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Network(ctypes.Structure):
+    """``Network`` of entry_points.hpp."""
+
+    _fields_ = [
+        ("layers", _Int64), ("widths", _Pointer), ("activations", _Pointer), ("trained", _Int64), ("diagonals", _Pointer),
+        *((name, _Pointer) for name in (
+            "weights", "weight_means", "weight_squares", "biases", "bias_means", "bias_squares",
+        )),
+    ]  # fmt: skip
+
+
+class _Training(ctypes.Structure):
+    """``Training`` of entry_points.hpp."""
+
+    _fields_ = [
+        *((name, _Int64) for name in ("replicas", "rows", "columns", "latents")),
+        ("x", _Pointer), ("set", _Pointer), ("encoder", _Network), ("decoder", _Network),
+        ("objective", _Int64), ("variances", _Int64), ("variance", _Pointer), ("weights", _Pointer), ("hz_beta", _Double),
+        ("closed", _Int64), ("samples", _Int64), ("seed", ctypes.c_uint64), ("replica_ids", _Pointer),
+        *((name, _Int64) for name in ("repetition", "stream", "epochs")), ("rates", _Pointer), ("rises", _Pointer),
+        ("steps", _Int64), ("epsilon", _Double), ("usual", _Pointer), ("threads", _Int64), ("terms", _Pointer),
+    ]  # fmt: skip
+
+
 _SIGNATURES |= {name: [ctypes.POINTER(_Importance)] for name in ("importance", "importance_backward")}
 _SIGNATURES |= {"resampling": [ctypes.POINTER(_Resampling)], "chains": [ctypes.POINTER(_Chains)]}
-_SIGNATURES |= {"annealing": [ctypes.POINTER(_Annealing)]}
+_SIGNATURES |= {"annealing": [ctypes.POINTER(_Annealing)], "training": [ctypes.POINTER(_Training)]}
 _SUFFIX = {torch.float32: "_f32", torch.float64: "_f64", torch.int64: ""}
 
 
@@ -476,3 +501,81 @@ def annealing(
     )  # fmt: skip
     _call("annealing", z.dtype, ctypes.byref(struct))
     return result
+
+
+class _TrainingCall:
+    """The arguments of the training kernels: tensors that are changed in place, and arrays that must outlive the call."""
+
+    def __init__(self, dtype: torch.dtype, replicas: int):
+        self.dtype, self.replicas = dtype, replicas
+        self._kept: list[Any] = []
+
+    def array(self, kind: Any, values: Sequence[Any]) -> Any:
+        self._kept.append((kind * len(values))(*values))
+        return ctypes.cast(self._kept[-1], _Pointer)
+
+    def constant(self, tensor: Tensor, dtype: torch.dtype) -> int:
+        self._kept.append(tensor.to("cpu", dtype).contiguous())
+        return self._kept[-1].data_ptr()
+
+    def changed(self, name: str, tensor: Tensor, shape: Sequence[int]) -> int:
+        if (
+            tensor.shape != tuple(shape)
+            or tensor.dtype != self.dtype
+            or tensor.device.type != "cpu"
+            or not tensor.is_contiguous()
+        ):
+            found = f"{tuple(tensor.shape)}, {tensor.dtype}, {tensor.device.type}, strides {tensor.stride()}"
+            raise ValueError(f"training: {name} is {found}; expected {tuple(shape)}, {self.dtype}, cpu, contiguous")
+        return tensor.data_ptr()
+
+    def network(
+        self, network: training_reference.Network, means: Sequence[Tensor | None], squares: Sequence[Tensor | None]
+    ) -> _Network:
+        """``means`` and ``squares``: Adam's, of each parameter."""
+        widths = network.widths
+        pointers: dict[str, list[int | None]] = {name: [] for name, _ in _Network._fields_[5:]}
+        left = zip(means, squares, strict=True)
+        for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+            of_weight = ("weights", "weight_means", "weight_squares"), weight, (self.replicas, widths[i + 1], widths[i])
+            of_bias = ("biases", "bias_means", "bias_squares"), bias, (self.replicas, widths[i + 1])
+            for names, tensor, shape in (of_weight, of_bias):
+                tensors = (None, None, None) if tensor is None else (tensor, *next(left))
+                for name, each in zip(names, tensors, strict=True):
+                    pointers[name].append(None if each is None else self.changed(name, each, shape))
+        diagonals = [None if d is None else self.constant(d, torch.float64) for d in network.diagonals]
+        known = list(training_reference.ACTIVATIONS)
+        return _Network(
+            len(network.weights), self.array(_Int64, widths),
+            self.array(_Int64, [known.index(name) for name in network.activations]), network.trained,
+            self.array(_Pointer, diagonals), **{name: self.array(_Pointer, each) for name, each in pointers.items()},
+        )  # fmt: skip
+
+
+def train(
+    problem: training_reference.Problem, adam: training_reference.Adam, rates: Sequence[float], rises: Sequence[float]
+) -> Tensor:
+    """As ``kernels.training.reference.run``."""
+    p, replicas = problem, len(problem.dataset)
+    _, rows, columns = p.x.shape
+    call = _TrainingCall(p.x.dtype, replicas)
+    networks, before = [], 0
+    for network in (p.encoder, p.decoder):
+        count = len(network.parameters)
+        own = slice(before, before + count)
+        none = [None] * count
+        networks.append(call.network(network, *((adam.means[own], adam.squares[own]) if network.trained else (none, none))))
+        before += count * network.trained
+    if replicas and not 0 <= int(p.dataset.min()) <= int(p.dataset.max()) < len(p.x):
+        raise ValueError(f"training: dataset names a set outside 0 .. {len(p.x) - 1}")
+    terms = torch.empty((len(rates), replicas, 4), dtype=p.x.dtype)
+    struct = _Training(
+        replicas, rows, columns, p.latent_dim, call.constant(p.x, p.x.dtype), call.constant(p.dataset, torch.int64), *networks,
+        list(training_reference.OBJECTIVES).index(p.objective), p.variance.numel(), call.constant(p.variance, p.x.dtype),
+        call.constant(p.weights, torch.float64), p.hz_beta, p.closed, p.samples, int(p.draws.seed) & _MASK,
+        call.constant(p.draws.replicas, torch.int64), p.draws.repetition, p.draws.stream, len(rates),
+        call.array(_Double, rates), call.array(_Double, rises), adam.steps, adam.epsilon,
+        call.changed("usual", adam.usual, (replicas,)), torch.get_num_threads(), terms.data_ptr(),
+    )  # fmt: skip
+    _call("training", p.x.dtype, ctypes.byref(struct))
+    return terms[..., : len(p.terms)]

@@ -54,7 +54,7 @@ const Choice kChoice = choose();  // once, when the library is loaded
 
 }  // namespace
 
-LIBI_API int libi_abi_version() { return 5; }
+LIBI_API int libi_abi_version() { return 6; }
 LIBI_API const char* libi_isa() { return kNames[kChoice.isa]; }
 LIBI_API int libi_isa_refused() { return kChoice.refused ? 1 : 0; }
 LIBI_API int libi_openmp() {
@@ -68,7 +68,8 @@ LIBI_API int libi_openmp() {
 using libi::Annealing;
 using libi::Chains;
 using libi::Importance;
-using libi::Resampling;  // named in parameter lists
+using libi::Resampling;
+using libi::Training;  // named in parameter lists
 
 #if defined(LIBI_X86_LEVELS)
 #define LIBI_EXPORT(name, parameters, arguments)                \

@@ -83,6 +83,41 @@ struct Annealing {
     void *steps, *path;                      // [replicas, rows, chains, temperatures] and with latents; null where the rate is 0
 };
 
+// A chain of maps and activations of the training kernels, and what Adam keeps of its parameters.
+struct Network {
+    int64_t layers;
+    const int64_t* widths;                   // [layers + 1], from inputs to outputs
+    const int64_t* activations;              // [layers]: as above, then sigmoid_cube_root
+    int64_t trained;
+    const double* const* diagonals;          // [layers]: null, or B [in] of chol(A A' + B), whose A is the weight
+    void *const *weights, *const *weight_means, *const *weight_squares;  // [layers] of [replicas, out, in]
+    void *const *biases, *const *bias_means, *const *bias_squares;       // [layers] of [replicas, out], or null
+};
+
+// The arguments of the training kernels.
+struct Training {
+    int64_t replicas, rows, columns, latents;
+    const void* x;                           // [sets, rows, columns]
+    const int64_t* set;                      // [replicas]
+    Network encoder, decoder;
+    int64_t objective;                       // reconstruction, joint, elbo
+    int64_t variances;                       // 0: Bernoulli; 1 or columns: Gaussian
+    const void* variance;                    // [variances]
+    const double* weights;                   // [replicas, 3]
+    double hz_beta;
+    int64_t closed, samples;
+    uint64_t seed;
+    const int64_t* replica_ids;              // [replicas]
+    int64_t repetition, stream;
+    int64_t epochs;
+    const double *rates, *rises;             // [epochs]
+    int64_t steps;                           // taken before
+    double epsilon;
+    void* usual;                             // [replicas]
+    int64_t threads;
+    void* terms;                             // [epochs, replicas, 4]
+};
+
 }  // namespace libi
 
 #define LIBI_ENTRY_POINTS(X)                                                                                          \
@@ -136,7 +171,9 @@ struct Annealing {
     X(chains_f32, (const Chains *call), (call))                                                                       \
     X(chains_f64, (const Chains *call), (call))                                                                       \
     X(annealing_f32, (const Annealing *call), (call))                                                                 \
-    X(annealing_f64, (const Annealing *call), (call))
+    X(annealing_f64, (const Annealing *call), (call))                                                                 \
+    X(training_f32, (const Training *call), (call))                                                                   \
+    X(training_f64, (const Training *call), (call))
 
 namespace libi {
 
@@ -151,6 +188,11 @@ namespace v3 {
 LIBI_ENTRY_POINTS(LIBI_DECLARE)
 }
 namespace v4 {
+LIBI_ENTRY_POINTS(LIBI_DECLARE)
+}
+#endif
+#if defined(LIBI_ISA)  // kernels call one another
+namespace LIBI_ISA {
 LIBI_ENTRY_POINTS(LIBI_DECLARE)
 }
 #endif

@@ -14,6 +14,7 @@ from libi_fast.errors import InputError
 from libi_fast.models.likelihoods import LIKELIHOODS, DiagonalGaussian
 from libi_fast.models.model import LatentVariableModel
 from libi_fast.ops.importance import Layers
+from libi_fast.ops.training import jtex_map, sigmoid_cube_root
 
 
 class Cube(nn.Module):
@@ -30,8 +31,7 @@ class SigmoidCubeRoot(nn.Module):
     """
 
     def forward(self, a: Tensor) -> Tensor:
-        bounded, root = a.chunk(2, -1)
-        return torch.cat((bounded.sigmoid(), root / (root.square() + 1e-6).pow(1 / 3)), -1)
+        return sigmoid_cube_root(a)
 
 
 class JTExMap(nn.Module):
@@ -56,7 +56,7 @@ class JTExMap(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[D, L], lower triangular."""
-        return torch.linalg.cholesky_ex(self.a @ self.a.mT + torch.diag_embed(self.b.to(self.a.dtype))).L
+        return jtex_map(self.a, self.b)
 
     def forward(self, z: Tensor) -> Tensor:
         return z @ self.weight.mT
@@ -114,8 +114,9 @@ def _flatten(module: nn.Module) -> list[nn.Module]:
     return [part for child in module for part in _flatten(child)] if type(module) is nn.Sequential else [module]
 
 
-def chain(module: nn.Module) -> list[tuple[nn.Linear | JTExMap, str]] | None:
-    """(linear map, activation) pairs of a Sequential of linear maps and elementwise activations, or None for any other."""
+def chain(module: nn.Module, halves: bool = False) -> list[tuple[nn.Linear | JTExMap, str]] | None:
+    """(linear map, activation) pairs of a Sequential of linear maps and elementwise activations, or None for any other.
+    ``halves``: also of SigmoidCubeRoot, "sigmoid_cube_root"."""
     if _hooked(module):
         return None
     pairs: list[tuple[nn.Linear | JTExMap, str]] = []
@@ -123,7 +124,7 @@ def chain(module: nn.Module) -> list[tuple[nn.Linear | JTExMap, str]] | None:
         if type(part) is nn.Linear or type(part) is JTExMap:
             pairs.append((part, "identity"))
             continue
-        name = _activation_name(part)
+        name = "sigmoid_cube_root" if halves and type(part) is SigmoidCubeRoot else _activation_name(part)
         if name is None or not pairs:
             return None
         if name != "identity":

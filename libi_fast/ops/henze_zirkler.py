@@ -12,7 +12,7 @@ from torch import Tensor
 from libi_fast.errors import InputError
 from libi_fast.kernels import cpu as native
 from libi_fast.kernels.henze_zirkler import characteristic, reference
-from libi_fast.kernels.henze_zirkler.reference import whiten
+from libi_fast.kernels.henze_zirkler.reference import default_beta, whiten
 from libi_fast.ops import _library as lib
 from libi_fast.ops.random import Stream, philox_normal
 
@@ -60,7 +60,7 @@ _characteristic: Any = lib.define(
 )
 
 
-__all__ = ["HenzeZirkler", "henze_zirkler", "henze_zirkler_statistic", "whiten"]
+__all__ = ["HenzeZirkler", "default_beta", "henze_zirkler", "henze_zirkler_statistic", "whiten"]
 
 Reduce = Callable[[Tensor], Tensor]
 

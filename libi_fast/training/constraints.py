@@ -12,17 +12,10 @@ from torch import Tensor
 from libi_fast.errors import InputError
 from libi_fast.ops.henze_zirkler import whiten
 from libi_fast.ops.random import Stream, philox_normal, philox_uniform
+from libi_fast.ops.training import moment_errors, safe_exp
 from libi_fast.training import distributed
 from libi_fast.training.distributed import Rows
 from libi_fast.training.replicas import Replicas
-
-LINEAR_FROM = 8.0
-
-
-def safe_exp(exponent: Tensor) -> Tensor:
-    """exp up to exponent 8, its tangent beyond: exp(u / 0.2) overflows float32 at u = 17.7, which bad starts reach."""
-    capped = exponent.clamp_max(LINEAR_FROM).exp()
-    return capped + math.exp(LINEAR_FROM) * (exponent - LINEAR_FROM).clamp_min(0)
 
 
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,13 +23,6 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     mean = z.mean(-2)
     centred = z - mean[..., None, :]
     return mean, centred.mT @ centred / z.shape[-2]
-
-
-def moment_errors(z: Tensor) -> tuple[Tensor, Tensor]:
-    """||mean||^2 and ||Cov - I||_F^2 of codes z [..., n, L]."""
-    mean, covariance = moments(z)
-    identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-    return mean.square().sum(-1), (covariance - identity).square().sum((-2, -1))
 
 
 class Step1:

@@ -22,6 +22,7 @@ from libi_fast.ops import _library as lib
 from libi_fast.posterior import sample_posterior
 from libi_fast.training.batches import Batches
 from libi_fast.training.distributed import Rows
+from libi_fast.training.fused import Objective
 from libi_fast.training.method import Method, elbo_at_start
 from libi_fast.training.objectives import elbo_terms, importance_terms, posterior_terms, simulated_terms
 from libi_fast.training.replicas import Replicas
@@ -99,6 +100,7 @@ def inference_stages(
             Phase(
                 "step 2", first, ("inference.",), lambda rows, step: bound(rows, 1, step),
                 lambda: bound(run.validation, VALIDATION_SAMPLES, VALIDATION_DRAWS),
+                objective=None if objective == "importance" else Objective("elbo"),
             )
         ]  # fmt: skip
     if objective == "elbo+posterior" and drawn:

@@ -15,6 +15,7 @@ from libi_fast.training import distributed
 from libi_fast.training.batches import Batches
 from libi_fast.training.constraints import Constraint, MutualInformation, Step1, moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
+from libi_fast.training.fused import Objective
 from libi_fast.training.inference import (
     A_STEP,
     PAIRS,
@@ -211,15 +212,20 @@ class LiBI(Method):
             terms["mode"] = -rows.mean(joint - joint.detach())
         return self._constrained(terms, run, rows, z, step)
 
+    def _weights(self, run: Run) -> Callable[[], list[Any]]:
+        return lambda: [self.weight(name, run.replicas) for name in self.weights]
+
     def _step1(self, run: Run, epochs: int, first: bool) -> list[Stage]:
         s = self.settings
         prefix = "encoder." if first and run.replicas.template.encoder is not None else "inference."
 
         def phase(name: str, epochs: int, kind: str = "joint", decay: bool = True, halving: bool = False) -> Phase:
             terms = {"joint": self._joint, "importance": self._importance, "quadrature": self._quadrature}[kind]
+            known = kind == "joint" and s["hz_method"] == "exact" and not s["constraints"]
             return Phase(
                 name, epochs, ("model.", prefix), lambda rows, step: terms(run, rows, step),
                 lambda: terms(run, run.validation, VALIDATION_DRAWS), decay, halving=halving, fixed=name == "candidates",
+                objective=Objective("joint", self._weights(run), hz_beta=s["hz_beta"]) if known else None,
             )  # fmt: skip
 
         if not first or run.options.warm_start:

@@ -21,6 +21,7 @@ from libi_fast.ops.random import as_seed
 from libi_fast.training import distributed
 from libi_fast.training.batches import Batches, as_rows, forget_pages
 from libi_fast.training.distributed import Rows
+from libi_fast.training.fused import Objective
 from libi_fast.training.objectives import elbo_terms
 from libi_fast.training.options import FitOptions
 from libi_fast.training.replicas import Replicas, System, make_system
@@ -39,7 +40,7 @@ def fit_decoder(run: Run, epochs: int) -> Phase:
             z = run.replicas.codes(rows.values)
         return {"reconstruction": -rows.mean(run.replicas.log_prob(rows.values, z))}
 
-    return Phase("warm-up", epochs, ("model.",), on_frozen_codes, decay=False)
+    return Phase("warm-up", epochs, ("model.",), on_frozen_codes, decay=False, objective=Objective("reconstruction"))
 
 
 @torch.no_grad()

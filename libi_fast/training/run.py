@@ -14,11 +14,13 @@ from tqdm.auto import tqdm
 
 from libi_fast.errors import InputError
 from libi_fast.models.model import evaluation_mode
+from libi_fast.ops import training as op
 from libi_fast.ops.random import Stream, philox_normal
 from libi_fast.training import distributed
 from libi_fast.training.batches import Batches
 from libi_fast.training.checkpoint import Checkpoint
 from libi_fast.training.distributed import Rows
+from libi_fast.training.fused import MOST_STEPS, Objective, adam_of, problem_of
 from libi_fast.training.options import FitOptions, Log
 from libi_fast.training.replicas import Replicas, chosen
 from libi_fast.training.schedule import Schedule
@@ -27,8 +29,6 @@ SMALLEST_BLOCK = 16  # replicas: the numbers in the widest vector register
 PROGRESS = ("epoch", "steps", "usual", "best", "scores", "width", "places", "rungs")  # the same of a phase under way
 REPORTS = 50  # history records a phase
 KEPT = ("position", "step", "epochs", "histories", "alive", "objective", "judged", "best", "scores")  # of a Run in a checkpoint
-CLIP = 10.0  # gradients of more than so many times their usual norm are cut to that
-USUAL = 0.02  # weight of a step in the running mean of norms
 VALIDATION_SAMPLES = 16
 VALIDATION_DRAWS = 2**32 - 1  # the repetition whose draws every look at the held-out rows takes
 
@@ -56,7 +56,7 @@ class Phase(NamedTuple):
     """Minimise the sum of ``loss(rows, step)`` over the parameters whose names begin with one of ``train``, all others held,
     for at most ``epochs`` epochs; ``validate`` gives the terms on held-out rows; ``rate`` multiplies the learning rate;
     ``halving``: restarts may be dropped on the way (``survivors``); ``fixed``: all epochs are gone through, whatever
-    ``tolerance`` is."""
+    ``tolerance`` is; ``objective``: what ``loss`` is, where a compiled kernel may know it."""
 
     name: str
     epochs: int
@@ -67,6 +67,7 @@ class Phase(NamedTuple):
     rate: float = 1.0
     halving: bool = False
     fixed: bool = False
+    objective: Objective | None = None
 
 
 Stage = Phase | Callable[["Run"], None]
@@ -289,6 +290,7 @@ class _Progress:
         self.every = max(1, phase.epochs // REPORTS)
         self.epoch = self.steps = 0
         self.usual = torch.zeros_like(run.objective)  # norm of the gradient
+        self._fused: tuple[int, op.Problem | None] | None = None  # for so many replicas
         self.stops_early = run.options.early_stopping and phase.validate is not None
         self.best = run.replicas.snapshot() if self.stops_early else {}
         self.scores = torch.full_like(run.objective, math.inf)
@@ -319,10 +321,26 @@ class _Progress:
         run = self.run
         while self.epoch < self.schedule.epochs:
             run.fraction = self.epoch / self.phase.epochs
-            means = self._one_epoch()
-            objective = total(means)
+            problem = self._problem()
+            if problem is None:
+                self._end_epochs({k: v[None] for k, v in self._one_epoch().items()})
+            else:
+                self._end_epochs(self._several_epochs(problem))
+            run.save_if_due(self)
+        run.advance(self.phase.epochs - self.epoch)  # converged early: the bar jumps
+        if self.stops_early:
+            run.replicas.restore(self.best)
+
+    def _end_epochs(self, told: Terms) -> None:
+        """Terms [epochs, R] of epochs that have been gone through; none but the last is one after which something happens."""
+        run = self.run
+        objectives = total(told)
+        finite = bool(torch.isfinite(objectives).all())
+        for i, objective in enumerate(objectives):
+            means = {k: v[i] for k, v in told.items()} if i + 1 == len(objectives) or not finite else {}
             self.schedule.record(self.epoch, objective)
-            self._judge(objective, means)
+            if not finite:
+                self._judge(objective, means)
             last = self.epoch + 1 >= self.schedule.epochs
             if self.epoch % self.every == 0 or last:
                 self._report(means)
@@ -334,10 +352,37 @@ class _Progress:
             if self.epoch in self.rungs:
                 self._halve(self.rungs[self.epoch])
             run.advance(1)
-            run.save_if_due(self)
-        run.advance(self.phase.epochs - self.epoch)  # converged early: the bar jumps
-        if self.stops_early:
-            run.replicas.restore(self.best)
+
+    def _problem(self) -> op.Problem | None:
+        run = self.run
+        if self.phase.objective is None:
+            return None
+        if self._fused is None or self._fused[0] != run.replicas.count:
+            trained = [k for k, v in run.replicas.parameters.items() if v.requires_grad]
+            made = problem_of(self.phase.objective, run.replicas, run.batches, trained, run.seed, run.step)
+            self._fused = run.replicas.count, made
+        return self._fused[1]
+
+    def _several_epochs(self, problem: op.Problem) -> Terms:
+        """Up to the next epoch after which something happens, by a kernel: the terms [epochs, R]."""
+        run, first = self.run, self.epoch
+        report = first if first % self.every == 0 else (first // self.every + 1) * self.every
+        ends = [self.schedule.epochs, report + 1, first + max(1, MOST_STEPS // max(1, run.replicas.count))]
+        ends += [rung for rung in self.rungs if rung > first]
+        last = min([*ends, self.schedule.next_look(first)])
+        assert self.phase.objective is not None
+        epochs = range(first, last)
+        problem = problem._replace(draws=problem.draws._replace(repetition=run.step))
+        adam = adam_of(self.optimiser, problem.parameters, self.usual, self.steps)
+        terms = op.train(
+            problem, adam, [self.schedule.rate_at(e) for e in epochs],
+            [self.phase.objective.rise(e / self.phase.epochs) for e in epochs],
+        )  # fmt: skip
+        for p in problem.parameters:
+            self.optimiser.state[p]["step"] += len(epochs)
+        self.steps += len(epochs)
+        run.step += len(epochs)
+        return dict(zip(problem.terms, terms.unbind(-1), strict=True))
 
     def _one_epoch(self) -> Terms:
         """The terms' means over the epoch's batches."""
@@ -360,20 +405,11 @@ class _Progress:
         return {k: distributed.total(v) / count for k, v in sums.items()}
 
     def _clip(self) -> None:
-        """Cut the gradients of replicas where their norm is out of all proportion. Without it one step too long may end in the
-        far tails of a density, where gradients are a million times as large; what they leave in Adam's second moments keeps
-        it there."""
+        """Cut the gradients of replicas where their norm is out of all proportion."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not gradients:
-            return
-        norm = torch.cat([g.flatten(1) for g in gradients], 1).norm(dim=1)
-        if not self.steps:
-            self.usual = norm
-        limit = torch.where(self.usual > 0, CLIP * self.usual, math.inf)
-        factor = (limit / norm).clamp(max=1.0)
-        torch._foreach_mul_(gradients, [factor.view(-1, *(1,) * (g.dim() - 1)) for g in gradients])
-        self.steps += 1
-        self.usual = self.usual.lerp(torch.minimum(norm, limit), max(USUAL, 1 / self.steps))
+        if gradients:
+            op.clipped(gradients, self.usual, self.steps)
+            self.steps += 1
 
     def _loss(self, rows: Rows) -> Terms:
         return self.phase.loss(self.run.replicas.rows(rows), self.run.step)

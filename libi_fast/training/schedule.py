@@ -44,6 +44,12 @@ class Schedule:
             self.epochs = min(self.epochs, 2 * (epoch + 1)) if self.decay else epoch + 1
         self.before = now
 
+    def next_look(self, epoch: int) -> int:
+        """The first epoch from ``epoch`` on before which ``record`` may have changed what follows."""
+        if self.tolerance is None or epoch + 1 >= self.decay_from:
+            return self.epochs
+        return epoch + self.patience - len(self.window)
+
     def select(self, index: Tensor) -> None:
         """Of the replicas these are left."""
         self.window = [w[index] for w in self.window]

@@ -9,6 +9,7 @@ from libi_fast.errors import InputError
 from libi_fast.ops import _library as lib
 from libi_fast.ops import importance as op
 from libi_fast.training.distributed import Rows
+from libi_fast.training.fused import Objective
 from libi_fast.training.inference import check_mean_field
 from libi_fast.training.method import Method
 from libi_fast.training.objectives import elbo_terms, importance_terms
@@ -32,6 +33,11 @@ def _elbo(run: Run, method: Method, rise: Callable[[], float] = lambda: 1.0) -> 
         return elbo_terms(run.replicas, run.validation, run.validation_noise(), method.weight("beta", run.replicas))
 
     return loss, held_out
+
+
+def _known(run: Run, method: Method, rise: Callable[[float], float] = lambda fraction: 1.0) -> Objective:
+    """The same loss for a compiled kernel."""
+    return Objective("elbo", lambda: [method.weight("beta", run.replicas)], rise, samples=method.settings["num_samples"])
 
 
 class VAE(Method):
@@ -64,10 +70,12 @@ class VAE(Method):
         if self.settings["anneal"]:
             # Its own phase without decay, so that beta has risen before the rate falls.
             rising, _ = _elbo(run, self, lambda: run.fraction)
-            stages += [Phase("annealing", epochs // 2, both, rising, decay=False, fixed=True)]
+            known = _known(run, self, lambda fraction: fraction)
+            stages += [Phase("annealing", epochs // 2, both, rising, decay=False, fixed=True, objective=known)]
             epochs -= epochs // 2
         loss, held_out = _elbo(run, self)
-        return [*stages, Phase("elbo", epochs, both, loss, held_out, halving=True), Run.judge, Run.consider]
+        elbo = Phase("elbo", epochs, both, loss, held_out, halving=True, objective=_known(run, self))
+        return [*stages, elbo, Run.judge, Run.consider]
 
 
 class LaggingVAE(Method):
@@ -109,7 +117,7 @@ class LaggingVAE(Method):
     def _stages(self, run: Run, epochs: int) -> list[Stage]:
         s = self.settings
         stages, epochs = self._start(run, epochs)
-        loss, held_out = _elbo(run, self)
+        (loss, held_out), known = _elbo(run, self), _known(run, self)
         drops = rungs(run.restarts, run.options.survivors or run.restarts, s["segments"])
         for segment in range(s["segments"]):
             if segment in drops:
@@ -120,8 +128,8 @@ class LaggingVAE(Method):
             rate = Schedule(epochs, 1.0, None, 1).rate_at(max(begin, epochs // 10))
             last = segment + 1 == s["segments"]
             stages += [
-                Phase("inference network", alone, ("inference.",), loss, decay=False, rate=rate),
-                Phase("elbo", end - begin - alone, ("model.", "inference."), loss, held_out, last, rate),
+                Phase("inference network", alone, ("inference.",), loss, decay=False, rate=rate, objective=known),
+                Phase("elbo", end - begin - alone, ("model.", "inference."), loss, held_out, last, rate, objective=known),
             ]
         return [*stages, Run.judge, Run.consider]
 
