@@ -1,6 +1,6 @@
 """``python -m benchmarks [what ...]``: measure, print, write benchmarks/results/<what>.json and pictures of the speeds.
 
-W1 to W7 and W9 are speeds on the CPU beside every peer (all of them by default); the other names are what the methods reach.
+W1 to W9 are speeds on the CPU beside every peer (all of them by default); the other names are what the methods reach.
 """
 
 from __future__ import annotations

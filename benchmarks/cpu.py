@@ -1,4 +1,4 @@
-"""The workloads W1 to W7 and W9 on the CPU, beside every peer at its best.
+"""The workloads W1 to W9 on the CPU, beside every peer at its best.
 
 All in one process: peers are checked and tried one by one, then the fastest three of each kind and ours are timed in turns
 (a kind that is far slower, and would take long, keeps the time of its trial).
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import annealing, cases, chains, henze_zirkler, log_mean_exp, report, smooth_knn
+from benchmarks import annealing, cases, chains, henze_zirkler, log_mean_exp, report, smooth_knn, training
 from benchmarks.cases import Case
 from benchmarks.timing import ROUNDS, finish, interleaved, seconds
 from benchmarks.workloads import Form, Workload
 
-NAMES = ("W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7", "W9")
-ALIASES = {"log_mean_exp": "W1", "henze_zirkler": "W5", "smooth_knn": "W6", "chains": "W7", "annealing": "W9"}
+NAMES = ("W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7", "W8", "W9")
+ALIASES = {"log_mean_exp": "W1", "henze_zirkler": "W5", "smooth_knn": "W6", "chains": "W7", "training": "W8", "annealing": "W9"}
 FINALISTS = 3  # of each kind
 FEW = 20  # rows
 TRY_LIMIT = 240.0  # seconds of checking, compiling and trying one form above which larger chunks of its kind are left out
@@ -36,6 +36,8 @@ HOPELESS = 4.0  # times the fastest of its kind: one call is enough to know
 def cases_of(name: str, quick: bool) -> list[Case]:
     if name in ("W7", "W9"):
         return (chains if name == "W7" else annealing).cases(quick)
+    if name == "W8":
+        return training.cases(quick)
     if name == "W6":
         return smooth_knn.cases(400 if quick else smooth_knn.REPETITIONS)
     if name == "W5":
@@ -48,7 +50,7 @@ def cases_of(name: str, quick: bool) -> list[Case]:
 
 def measure(name: str, quick: bool = False, peers: list[str] | None = None) -> dict[str, Any]:
     """-> {case: what was measured of it}."""
-    remembered = not quick and name != "W5"  # its memory would take as long as all else
+    remembered = not quick and name not in ("W5", "W8")  # their memory would take as long as all else
     return {
         case.name: measure_case(case, peers, rounds=3 if quick else ROUNDS, memory_of=name if remembered else None)
         for case in cases_of(name, quick)

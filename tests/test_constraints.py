@@ -14,7 +14,8 @@ from libi_fast.models.likelihoods import Likelihood
 from libi_fast.ops.henze_zirkler import whiten
 from libi_fast.ops.importance import gaussian
 from libi_fast.ops.random import as_seed
-from libi_fast.training.constraints import Step1, constraint_from_config, safe_exp
+from libi_fast.ops.training import safe_exp
+from libi_fast.training.constraints import Step1, constraint_from_config
 from libi_fast.training.distributed import Rows
 from libi_fast.training.replicas import Replicas, make_system
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import libi_fast as lf
 from libi_fast.kernels.importance.reference import LOG_2PI
 from libi_fast.ops.random import as_seed
+from libi_fast.ops.training import moment_errors, safe_exp
 from libi_fast.training import distributed
-from libi_fast.training.constraints import moment_errors, safe_exp
 from libi_fast.training.distributed import Rows
 from libi_fast.training.objectives import elbo_terms, importance_terms
 from libi_fast.training.replicas import Replicas, make_system

@@ -7,8 +7,8 @@ several data sets, and minimises one of
     joint            the same, z_n moving, + w exp(HZ({z_n})) + exp(||Cov - I||_F^2 / s) + exp(||mean||^2 / t)    paper, Eq 42
     elbo             -(1/N) sum_n E_q log p(x_n | f(z)) + beta (1/N) sum_n KL[q(z | x_n) || N(0, I)]              paper, Eq 2
 
-with exp by `safe_exp`, HZ the exact Henze-Zirkler statistic, and q = N(mean, diag(exp(log std))^2) of the encoder's 2 L outputs;
-E_q is in closed form for one linear map with Gaussian noise, else the mean over draws z = mean + std eps, new in every epoch.
+with exp by `safe_exp`, HZ the exact Henze-Zirkler statistic, q = N(mean, diag(exp(log std))^2) of the 2 L outputs of h;
+E_q is in closed form for one linear map with Gaussian noise, else the mean over draws z = mean + std eps, new each epoch.
 
 An epoch is one step of Adam (Kingma & Ba 2015) on the gradient g, whose norm is held to CLIP times its running mean:
 
@@ -47,11 +47,16 @@ def safe_exp(exponent: Tensor) -> Tensor:
     return capped + math.exp(LINEAR_FROM) * (exponent - LINEAR_FROM).clamp_min(0)
 
 
-def moment_errors(z: Tensor) -> tuple[Tensor, Tensor]:
-    """||mean||^2 and ||Cov - I||_F^2 of codes z [..., n, L], of divisor n."""
+def moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [..., L] and covariance [..., L, L] (divisor n) of codes z [..., n, L]."""
     mean = z.mean(-2)
     centred = z - mean[..., None, :]
-    covariance = centred.mT @ centred / z.shape[-2]
+    return mean, centred.mT @ centred / z.shape[-2]
+
+
+def moment_errors(z: Tensor) -> tuple[Tensor, Tensor]:
+    """||mean||^2 and ||Cov - I||_F^2 of codes z [..., n, L]."""
+    mean, covariance = moments(z)
     identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
     return mean.square().sum(-1), (covariance - identity).square().sum((-2, -1))
 

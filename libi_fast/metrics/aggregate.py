@@ -15,7 +15,7 @@ from libi_fast.models.proposals import Proposal
 from libi_fast.ops import _library as lib
 from libi_fast.ops.henze_zirkler import LARGEST_QUADRATURE, henze_zirkler, null_quantile
 from libi_fast.ops.random import Stream, as_seed, philox_normal, philox_uniform
-from libi_fast.training.constraints import moment_errors
+from libi_fast.ops.training import moment_errors
 
 LEVEL = 0.95
 EXACT_UP_TO = 4096  # draws: for Henze-Zirkler over all pairs

@@ -26,8 +26,8 @@ from libi_fast.kernels.training.reference import (
 from libi_fast.ops import _library as lib
 
 __all__ = [
-    "ACTIVATIONS", "CLIP", "USUAL", "Adam", "Draws", "Network", "Problem", "clipped", "jtex_map", "moment_errors", "safe_exp",
-    "serves", "sigmoid_cube_root", "train",
+    "ACTIVATIONS", "CLIP", "USUAL", "Adam", "Draws", "Network", "Problem", "clipped", "jtex_map", "moment_errors",
+    "safe_exp", "serves", "sigmoid_cube_root", "train",
 ]  # fmt: skip
 
 

@@ -12,17 +12,9 @@ from torch import Tensor
 from libi_fast.errors import InputError
 from libi_fast.ops.henze_zirkler import whiten
 from libi_fast.ops.random import Stream, philox_normal, philox_uniform
-from libi_fast.ops.training import moment_errors, safe_exp
 from libi_fast.training import distributed
 from libi_fast.training.distributed import Rows
 from libi_fast.training.replicas import Replicas
-
-
-def moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [..., L] and covariance [..., L, L] (divisor n) of codes z [..., n, L]."""
-    mean = z.mean(-2)
-    centred = z - mean[..., None, :]
-    return mean, centred.mT @ centred / z.shape[-2]
 
 
 class Step1:

@@ -11,9 +11,10 @@ from libi_fast.errors import InputError
 from libi_fast.models.laplace import NODES
 from libi_fast.ops import _library as lib
 from libi_fast.ops.henze_zirkler import METHODS, henze_zirkler_statistic
+from libi_fast.ops.training import moment_errors, safe_exp
 from libi_fast.training import distributed
 from libi_fast.training.batches import Batches
-from libi_fast.training.constraints import Constraint, MutualInformation, Step1, moment_errors, safe_exp
+from libi_fast.training.constraints import Constraint, MutualInformation, Step1
 from libi_fast.training.distributed import Rows
 from libi_fast.training.fused import Objective
 from libi_fast.training.inference import (

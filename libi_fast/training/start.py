@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from libi_fast.errors import InputError
 from libi_fast.ops.henze_zirkler import whiten
 from libi_fast.ops.random import Stream, philox_normal
-from libi_fast.training.constraints import moment_errors
+from libi_fast.ops.training import moment_errors
 from libi_fast.training.replicas import Replicas, chosen
 
 START_STDS = [0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001]
