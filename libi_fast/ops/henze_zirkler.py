@@ -37,15 +37,41 @@ def _shapes(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape[:1]), z.new_empty((z.shape[0], z.shape[1] * gradient, z.shape[2]))
 
 
+def _triton(z: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor]:
+    from libi_fast.kernels.henze_zirkler import gpu
+
+    return gpu.forward(z, beta, gradient)
+
+
+def _refusal(z: Tensor, beta: float, gradient: bool) -> str | None:
+    from libi_fast.kernels.henze_zirkler import gpu
+
+    return gpu.refusal(z)
+
+
+def _triton_characteristic(z: Tensor, vectors: Tensor, beta: float, method: str, gradient: bool) -> tuple[Tensor, Tensor]:
+    from libi_fast.kernels.henze_zirkler import gpu_characteristic
+
+    return gpu_characteristic.forward(z, vectors, beta, method, gradient)
+
+
+def _refusal_characteristic(z: Tensor, vectors: Tensor, beta: float, method: str, gradient: bool) -> str | None:
+    from libi_fast.kernels.henze_zirkler import gpu_characteristic
+
+    return gpu_characteristic.refusal(z, beta, method)
+
+
 _forward: Any = lib.define(
     "henze_zirkler",
     "(Tensor z, float beta, bool gradient, str backend) -> (Tensor, Tensor)",
     {
         "reference": reference.forward,
         "cpu": native.henze_zirkler,
+        "triton": _triton,
     },
     lambda z, beta, gradient: _shapes(z, gradient),
     _vmap(lambda: _forward),
+    limits={"triton": _refusal},
 )
 
 _characteristic: Any = lib.define(
@@ -54,9 +80,11 @@ _characteristic: Any = lib.define(
     {
         "reference": characteristic.forward,
         "cpu": native.henze_zirkler_characteristic,
+        "triton": _triton_characteristic,
     },
     lambda z, vectors, beta, method, gradient: _shapes(z, gradient),
     _vmap(lambda: _characteristic),
+    limits={"triton": _refusal_characteristic},
 )
 
 
