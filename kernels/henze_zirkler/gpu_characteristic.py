@@ -38,6 +38,7 @@ TURN = tl.constexpr(2 * math.pi)
 LONGEST = 256  # tiles of a split of the points; as many terms are added in float32
 PROGRAMS = 2048  # of the sums
 FEATURES = 64  # of a tile of products: 32 nodes
+DEPTH = 32  # features that are multiplied at a time on the way back
 ADDED = tl.constexpr(16)  # tiles of points whose products are added in float32
 SUMS = 2**26  # numbers of the replicas' sums at a time
 FURTHEST = 1e6  # beta sqrt(n d): no phase is then longer than 1.4e6 turns, of which float32 holds the half turns
@@ -118,7 +119,7 @@ def slopes_kernel(
 ):  # fmt: skip
     """The slopes in y of ROWS points -> tiles; by [R, 2, count]: the slopes in the means of cosines and sines."""
     blocks = tiles * TILE // ROWS
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.cast(tl.program_id(0) % blocks, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     replica = tl.cast(tl.program_id(0) // blocks, tl.int64)
     here = coordinates(y + replica * tiles * (D * TILE), row, D)
     sums = ()
@@ -148,7 +149,8 @@ def slopes_kernel(
 def features(y, turns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of points [ROWS, 1] at nodes [1, COLUMNS / 2]: [ROWS, COLUMNS]."""
     cosine, sine, sign = waves(y * turns)
-    return tl.reshape(tl.join(signed(cosine, sign), signed(sine, sign)), (ROWS, COLUMNS))
+    # The signs come last: Triton 3.7 for sm_100 fails where what is multiplied was only reshaped.
+    return signed(tl.reshape(tl.join(cosine, sine), (ROWS, COLUMNS)), tl.reshape(tl.join(sign, sign), (ROWS, COLUMNS)))
 
 
 @triton.jit(do_not_specialize=["n", "tiles", "left", "right", "splits", "width"])
@@ -184,26 +186,28 @@ def products_kernel(
 @triton.jit(do_not_specialize=["tiles", "own", "others", "own_step", "others_step", "own_column"])
 def pull_kernel(
     y, own_turns, other_turns, by, out, tiles, own, others, own_step, others_step, own_column,
-    ROWS: tl.constexpr, FEATURES: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The slopes of ROWS points in one of their two coordinates, own_column, -> its column of tiles; by: the slopes in the
     products' means, at distance own_step from one of its own features to the next."""
     blocks = tiles * TILE // ROWS
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.cast(tl.program_id(0) % blocks, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     replica = tl.cast(tl.program_id(0) // blocks, tl.int64)
     y += replica * tiles * (2 * TILE)
     mine = tl.load(y + place(row, own_column, 2 * TILE, 0, True))
     other = tl.load(y + place(row, 1 - own_column, 2 * TILE, 0, True))
     by += replica * own * others
     node = tl.arange(0, FEATURES // 2)[None, :]
-    feature = tl.arange(0, FEATURES)
+    feature = tl.arange(0, FEATURES)[None, :] * own_step
+    other_node = tl.arange(0, DEPTH // 2)[None, :]
+    depth = tl.arange(0, DEPTH)[:, None] * others_step
     total = tl.zeros((ROWS, FEATURES), tl.float32)
     for first in range(0, own, FEATURES):
         pulled = tl.zeros((ROWS, FEATURES), tl.float32)
-        for begin in range(0, others, FEATURES):
-            made = features(other, tl.load(other_turns + begin // 2 + node), ROWS, FEATURES)
-            at = by + (begin + feature)[:, None] * others_step + (first + feature)[None, :] * own_step
-            pulled = tl.dot(made, tl.load(at), pulled, input_precision="ieee")
+        for begin in range(0, others, DEPTH):
+            made = features(other, tl.load(other_turns + begin // 2 + other_node), ROWS, DEPTH)
+            there = tl.load(by + begin * others_step + first * own_step + depth + feature)
+            pulled = tl.dot(made, there, pulled, input_precision="ieee")
         turns = tl.load(own_turns + first // 2 + node)
         cosine, sine, sign = waves(mine * turns)
         slope = tl.join(signed(sine * turns * -1.0, sign), signed(cosine * turns, sign))
@@ -284,7 +288,7 @@ def by_products(whitened: Whitened, factors: list[Factor], gradient: bool) -> tu
     parts = y.new_empty((replicas, splits, left, right), dtype=torch.float64)
     gpu.launch(
         products_kernel, (replicas * splits * pieces,), y, *turns, parts, n, tiles, left, right, splits, width,
-        FEATURES=FEATURES, num_warps=4,
+        FEATURES=FEATURES, num_warps=8,
     )  # fmt: skip
     difference = parts.sum(1)
     difference[:, ::2, ::2] -= columns * TILE.value - n
@@ -296,9 +300,9 @@ def by_products(whitened: Whitened, factors: list[Factor], gradient: bool) -> tu
     by, slope = (2 * weighted).float(), whitened.new(2)
     for own, other in ((0, 1), (1, 0)):
         gpu.launch(
-            pull_kernel, (replicas * tiles * TILE.value // FEATURES,), y, turns[own], turns[other], by, slope, tiles,
-            2 * len(turns[own]), 2 * len(turns[other]), by.stride(1 + own), by.stride(1 + other), own, ROWS=FEATURES,
-            FEATURES=FEATURES, num_warps=4,
+            pull_kernel, (replicas * tiles * TILE.value // 64,), y, turns[own], turns[other], by, slope, tiles,
+            2 * len(turns[own]), 2 * len(turns[other]), by.stride(1 + own), by.stride(1 + other), own, ROWS=64,
+            FEATURES=FEATURES, DEPTH=DEPTH, num_warps=8,
         )  # fmt: skip
     return value, slope
 
