@@ -21,6 +21,10 @@ from libi_fast.kernels import gpu
 from libi_fast.kernels.annealing import gpu as annealing
 from libi_fast.kernels.chains import gpu as chains
 from libi_fast.kernels.chains.reference import Noise, Settings, reference_uniform
+from libi_fast.kernels.henze_zirkler import gpu as henze_zirkler
+from libi_fast.kernels.henze_zirkler import gpu_characteristic as characteristic
+from libi_fast.kernels.henze_zirkler.characteristic import Factor
+from libi_fast.kernels.henze_zirkler.gpu_whitening import whiten
 from libi_fast.kernels.importance import gpu as importance
 from libi_fast.kernels.importance import gpu_resampling as resampling
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
@@ -114,6 +118,20 @@ def resampling_launches(model: Decoder, rows: int, samples: int, count: int) -> 
     return [launch for launch in launches if launch.kernel.__module__ == resampling.__name__]
 
 
+def pairs_launches(replicas: int, n: int, d: int, beta: float, gradient: bool = True) -> list[gpu.Launch]:
+    with gpu.recorded() as launches:
+        henze_zirkler.forward(torch.empty(replicas, n, d, device=META), beta, gradient)
+    return launches
+
+
+def waves_launches(n: int, d: int, *factors: tuple[int, int]) -> list[gpu.Launch]:
+    """factors: (frequencies, dimensions) each; what whitens the points is in pairs_launches."""
+    made = [Factor(torch.empty(m, k, device=META), torch.empty(m, device=META)) for m, k in factors]
+    with gpu.recorded() as launches:
+        characteristic.statistic(whiten(torch.empty(1, n, d, device=META), 1.0, 0.0), made, True)
+    return [launch for launch in launches if launch.kernel.__module__ == characteristic.__name__]
+
+
 W2 = decoder([2, 50, 2], "tanh", "gaussian")
 WIDEST_NARROW = decoder([7, 256, 1], "gelu", "bernoulli")  # the most registers of all that the narrow kernels take
 WIDEST_JACOBIAN = decoder([4, 100, 4], "gelu", "gaussian")
@@ -131,6 +149,23 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
     "W4a": lambda: importance_launches(W2, 10_000, 512, backward=True),
     **{f"W3 {p}": functools.partial(importance_launches, W3, 10_000, 5000, False, p) for p in PRECISIONS},
     **{f"W4b {p}": functools.partial(importance_launches, W3, 1024, 512, True, p) for p in PRECISIONS},
+    "W5a": lambda: [
+        *pairs_launches(1, 65_536, 2, 4.7),
+        *pairs_launches(1, 65_536, 2, 4.7, gradient=False),
+        *pairs_launches(1, 65_536, 8, 2.0),
+        *pairs_launches(1600, 500, 2, 2.1),
+    ],
+    "W5b, W5c": lambda: [
+        *waves_launches(10**6, 2, (104, 1), (104, 1)),
+        *waves_launches(10**6, 1, (104, 1)),
+        *waves_launches(10**6, 16, (1024, 16)),
+    ],
+    "Henze-Zirkler, most registers": lambda: [
+        *pairs_launches(1, 65_536, 4, 2.0),
+        *pairs_launches(1, 65_536, 16, 1.2),
+        *pairs_launches(1, 65_536, 16, 5.0),
+        *waves_launches(10**6, 4, (1024, 4)),
+    ],
     "W7": lambda: [  # few chains and many; as they warm up, and after
         *chains_launches(W2, 100, 64, target=0.8),
         *chains_launches(W2, 10_000, 64, target=0.8),

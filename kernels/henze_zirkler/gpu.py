@@ -7,11 +7,11 @@ Points are scaled, u = y b sqrt(log2(e) / 2), so that k_ij = 2^-|u_i - u_j|^2, a
     slope in y_i = (-2 b^2/n T_i + 2 b^2 (1+b^2)^{-d/2-1} e_i u_i) / (b sqrt(log2(e) / 2))
 
 Bound: of each ordered pair an exponential, which takes a scheduler 8 cycles a warp, and instructions, one a cycle. From
-differences 3 d + 2: d subtractions, d for the square, the exponential, K, d for T. From products, 2 u_i.u_j - |u_i|^2 - |u_j|^2,
-2 d + 4, but rounding then grows with b^2. So d = 2 waits for the exponentials (65,536 points: 1.1 ms of an H200's 528
-schedulers at 1.8 GHz); d = 8 for 20 instructions from products, 40% of that bound. Compiled for sm_90 a step has 8.5 a pair at
-d = 2 (96 registers), 20.8 at d = 8 (183), 40.5 at d = 16 (190), its loads and the loop included. A pair's two orders could share an
-exponential, 11 instructions in place of 16 at d = 2, were it not for sums that then run across threads in every step.
+differences 3 d + 2: d subtractions, d for the square, the exponential, K, d for T. From products, 2 u_i.u_j - |u_i|^2
+- |u_j|^2, 2 d + 3, but rounding then grows with b^2. So d = 2 waits for the exponentials (65,536 points: 1.1 ms of an H200's
+528 schedulers at 1.8 GHz), d = 8 for 19 instructions from products, 42% of that bound. Compiled for sm_90 a step has, with its
+loads and the loop, 8.5 a pair at d = 2 (96 registers), 20.8 at d = 8 (183) and 40.5 at d = 16 (190). A pair's two orders could
+share an exponential, 11 instructions in place of 16 at d = 2, were it not for sums across threads in every step.
 
 A tile is ROWS points by 32, a thread has one column of it: K and T stay in each thread for a split's columns, and meet in the
 end. So a step loads a column once for all rows of a thread. Splits' sums are float32, and merged in double in order.
@@ -113,8 +113,8 @@ def pairs_kernel(
 
 @triton.jit(do_not_specialize=["tiles", "splits", "u_columns"])
 def slopes_kernel(
-    u, parts, out, tiles, splits, u_columns, single_high, single_low, by_pairs_high, by_pairs_low, by_single_high, by_single_low,
-    D: tl.constexpr, GRADIENT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    u, parts, out, tiles, splits, u_columns, single_high, single_low, by_pairs_high, by_pairs_low, by_single_high,
+    by_single_low, D: tl.constexpr, GRADIENT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one block -> tiles of the slopes in y (with GRADIENT), K and e."""
     FIRST: tl.constexpr = D if GRADIENT else 0

@@ -8,10 +8,11 @@ first, then the way back,
 with cos and sin taken anew. quadrature in two dimensions: features of both coordinates, whose products' sums over points are
 a product of matrices, and so is each coordinate's way back; features are made where they are multiplied.
 
-Bound: instructions. Cosine and sine take 18 (waves.hpp's polynomials of a phase in turns: no range reduction in double). A
-point and frequency take d + 20 for the sums, 2 d + 21 for the way back: 1e6 x 16 by 1024 frequencies, 89 together, 3.0 ms of an
-H200's 528 schedulers at 1.8 GHz. Quadrature: multiply-adds, one a product of features in the sums and two on the way back, and
-9 instructions a feature: for 1e6 x 2, whose 104 nodes an axis fill 4 tiles, 2.2e11, 7 ms, a quarter of them on filling.
+Bound: instructions. Cosine and sine take 17 (waves.hpp's polynomials of a phase in turns: no range reduction in double). A
+point and frequency take d + 19 for the sums and 2 d + 19 for the way back: 1e6 x 16 by 1024 frequencies 86 together, 2.9 ms of
+an H200's 528 schedulers at 1.8 GHz; compiled for sm_90 97, with the loads (189 and 183 registers). Quadrature: multiply-adds,
+one a product of features in the sums and two on the way back: 1e6 x 2 takes some 104 nodes an axis, 1.3e11 of them, 4.3 ms.
+Compiled, a multiply-add comes with half an instruction of features and operands, and 104 nodes fill 4 tiles of 32: about 10 ms.
 
 As in gpu.py a thread has one column of a tile, and the rows' sums stay in it to the end: rows are frequencies in the sums, and
 points on the way back. Points past the last lie at 0, where the cosine is 1: so many are taken from the cosines' sums.
@@ -46,7 +47,7 @@ FURTHEST = 1e6  # beta sqrt(n d): no phase is then longer than 1.4e6 turns, of w
 
 @triton.jit
 def waves(phase):
-    """(C, r S, sign): cos and sin of a phase in turns are the first two with this sign, a bit. r = phase - round(2 phase) / 2."""
+    """(C, r S, sign): cos and sin of a phase in turns are the first two with this sign bit; r = phase - round(2 phase) / 2."""
     shifted = phase * 2.0 + 12582912.0  # 1.5 * 2^23: the half turns are in its lowest bits
     r = phase - (shifted - 12582912.0) * 0.5
     z = r * r
