@@ -4,10 +4,14 @@ W5a is the exact form, W5b the quadrature, W5c 1024 random frequencies. Peers of
 all of them take the gradient's sums in the forward pass: by coordinate or by matrix products, eager or compiled, over all
 replicas at once or one after another. W5b's and W5c's are differentiated by autograd, or by hand in chunks; W5b's get their
 nodes for nothing. JAX takes value_and_grad of the whole, at once and in rematerialised chunks, where it is installed.
+
+On a GPU (``python -m benchmarks.gpu --only W5``) the chunks are larger, torch has no loop over replicas, and KeOps, where it is
+installed, takes W5a's pairs in place of JAX.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +40,20 @@ QUICK = {
     "3 x 100 x 2": ("exact", 3, 100, 2),
     "quadrature, 200 x 2": ("quadrature", 1, 200, 2),
     "random, 200 x 3": ("random", 1, 200, 3),
+}
+ON_GPU = {
+    "65536 x 2": ("exact", 1, 65_536, 2),
+    "65536 x 8": ("exact", 1, 65_536, 8),
+    "1600x500x2": ("exact", 1600, 500, 2),
+    "quadrature": ("quadrature", 1, 10**6, 2),
+    "random": ("random", 1, 10**6, 16),
+}
+ON_GPU_QUICK = {
+    "200 x 2": ("exact", 1, 200, 2),
+    "200 x 8": ("exact", 1, 200, 8),
+    "3x100x2": ("exact", 3, 100, 2),
+    "quadrature": ("quadrature", 1, 400, 2),
+    "random": ("random", 1, 400, 3),
 }
 FREQUENCIES = 1024
 JUDGED = 32_000  # points at most, of up to 8 replicas, that our error is judged by
@@ -83,8 +101,43 @@ def pair_forms(replicas: int, n: int) -> dict[str, PairSums]:
     return result
 
 
-def linear_forms(z: Tensor, method: str, vectors: Any) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
-    """torch's forms of the two that cost n, beside the reference, which is eager in chunks: by autograd, by hand in chunks."""
+def by_products(y: Tensor, beta: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As by_coordinate, by products of matrices as in reference.pair_sums."""
+    b2 = beta * beta
+    here, there = (-0.5 * b2 * p.square().sum(-1) for p in (rows, y))
+    kernel = torch.exp(torch.baddbmm(here[..., :, None] + there[..., None, :], rows, y.mT, alpha=b2))
+    sums = kernel @ torch.cat((y, torch.ones_like(y[..., :1])), -1)
+    return sums[..., -1].sum(-1), sums
+
+
+def by_keops(y: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor]:
+    from pykeops.torch import LazyTensor
+
+    here, there = LazyTensor(y[:, :, None].contiguous()), LazyTensor(y[:, None].contiguous())
+    kernel = (-0.5 * beta * beta * ((here - there) ** 2).sum(-1)).exp()
+    sums = kernel @ torch.cat((y, torch.ones_like(y[..., :1])), -1)
+    return sums[..., -1].sum(-1), sums
+
+
+def pair_forms_on_gpu(n: int) -> dict[str, PairSums]:
+    compiled, products = torch.compile(by_coordinate, dynamic=False), torch.compile(by_products, dynamic=False)
+    few = min(n, 2048)
+    result: dict[str, PairSums] = {
+        f"torch eager products, {few} rows": chunked(by_products, few, False),
+        f"torch.compile products, {few} rows": chunked(products, few, False),
+    }
+    for chunk in dict.fromkeys((few, min(n, 16_384))):
+        result[f"torch.compile, {chunk} rows"] = chunked(compiled, chunk, False)
+    if importlib.util.find_spec("pykeops") is not None:
+        result["KeOps"] = by_keops
+    return result
+
+
+def linear_forms(
+    z: Tensor, method: str, vectors: Any, chunks: tuple[int, ...] = (500, 2000), largest: int = 10**5
+) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+    """torch's forms of the two that cost n, beside the reference, which is eager in chunks: by autograd, by hand in chunks.
+    Of up to ``largest`` numbers eager autograd is tried."""
     n = z.shape[-2]
 
     def natural(y: Tensor) -> Tensor:
@@ -125,14 +178,14 @@ def linear_forms(z: Tensor, method: str, vectors: Any) -> dict[str, Callable[[],
 
     compiled = torch.compile(natural, dynamic=False)
     result = {"torch.compile, autograd": lambda: differentiated(compiled)}
-    if z.numel() <= 10**5:
+    if z.numel() <= largest:
         result["torch eager, autograd"] = lambda: differentiated(natural)
     if method == "random":
         fused = torch.compile(sums, dynamic=False), torch.compile(pull, dynamic=False)
-        for chunk in (500, 2000):
+        for chunk in chunks:
             if n % chunk == 0:
                 result[f"torch.compile, {chunk} rows"] = lambda chunk=chunk: by_hand(chunk, *fused)
-        chunk = min(n, 500)
+        chunk = min(n, chunks[0])
         result[f"torch eager, {chunk} rows"] = lambda: by_hand(chunk, sums, pull)
     return result
 
@@ -156,9 +209,9 @@ def compared(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, 
     return {"value": largest, "gradients": of_slope, **means, "allowed": largest <= TOLERANCE and of_slope <= TOLERANCE}
 
 
-def case(name: str, method: str, replicas: int, n: int, d: int) -> Case:
-    z = philox_normal(0, replicas, n * d).reshape(replicas, n, d)
-    more = philox_normal(1, max(1, min(8, JUDGED // n)), n * d).reshape(-1, n, d)
+def case(name: str, method: str, replicas: int, n: int, d: int, device: str = "cpu", backend: str = "cpu") -> Case:
+    z = philox_normal(0, replicas, n * d, device=device).reshape(replicas, n, d)
+    more = philox_normal(1, max(1, min(8, JUDGED // n)), n * d, device=device).reshape(-1, n, d)
     truths: dict[str, tuple[Tensor, Tensor]] = {}  # made when first asked for
 
     def error(found: tuple[Any, ...], points: Tensor = z) -> dict[str, Any]:
@@ -168,11 +221,42 @@ def case(name: str, method: str, replicas: int, n: int, d: int) -> Case:
         return compared(found, truths[key])
 
     return Case(
-        name, f"{replicas} x {n} x {d}, forward + backward", lambda: differentiated(z, method, "cpu"),
-        lambda: error(differentiated(more, method, "cpu"), more),
+        name, f"{replicas} x {n} x {d}, forward + backward", lambda: differentiated(z, method, backend),
+        lambda: error(differentiated(more, method, backend), more),
         lambda: error(differentiated(more, method, "reference"), more),
-        error, (), lambda: peers(z, method), None, lambda: peak.bound(counts(z, method)),
+        error, (), lambda: (peers if backend == "cpu" else peers_on_gpu)(z, method), None,
+        lambda: peak.bound(counts(z, method)),
     )  # fmt: skip
+
+
+def peers_on_gpu(z: Tensor, method: str) -> Iterator[Form]:
+    n, d = z.shape[-2:]
+    beta = reference.default_beta(n, d)
+    functions: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
+    if method == "exact":
+        for name, sums in pair_forms_on_gpu(n).items():
+            functions[name] = lambda sums=sums: reference.forward(z, beta, True, sums)
+    else:
+        vectors: Any = beta * philox_normal(0, FREQUENCIES, d, stream=Stream.FREQUENCIES, device=z.device)
+        if method == "quadrature":
+            factors = characteristic.grid(reference.whiten(z)[0], beta)
+            vectors = [(f.frequencies[:, 0], f.weight) for f in factors]
+        functions["torch eager, reference"] = lambda: differentiated(z, method, "reference")
+        functions |= linear_forms(z, method, vectors, (min(n, 50_000), min(n, 250_000)), 10**7)
+    for name, run in functions.items():
+        yield Form(name, "ieee", run, run)
+
+
+def cycles_on_gpu(z: Tensor, method: str) -> float:
+    """Of a multiprocessor at least (kernels/henze_zirkler/gpu.py, gpu_characteristic.py). Exact: an exponential of each ordered
+    pair, 16 a cycle. Random: 3 d + 38 instructions of each point and frequency, quadrature: 3 multiply-adds of each product of
+    features, 128 lanes a cycle."""
+    replicas, n, d = z.shape
+    if method == "exact":
+        return replicas * n * n / 16
+    if method == "random":
+        return replicas * n * FREQUENCIES * (3 * d + 38) / 128
+    return counts(z, method)["multiply-add"] / 128
 
 
 def peers(z: Tensor, method: str) -> Iterator[Form]:

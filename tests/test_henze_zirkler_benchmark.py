@@ -44,6 +44,28 @@ def test_every_peer_of_torch_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("JAX" in kinds) == (importlib.util.find_spec("jax") is not None)
 
 
+def test_every_peer_of_torch_on_a_gpu_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, without the compiler, at the sizes that are tried first."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    for name, problem in henze_zirkler.ON_GPU_QUICK.items():
+        case = henze_zirkler.case(name, *problem, backend="reference")
+        names = []
+        for form in case.forms():
+            if form.name != "KeOps":
+                assert case.error(form.check(*case.few))["allowed"], form.name
+            names.append(form.name)
+        kinds = {cpu.kind_of(name) for name in names} - {"KeOps"}
+        assert len(set(names)) == len(names) and {"torch.compile"} < kinds
+        method, *shape = problem
+        assert henze_zirkler.cycles_on_gpu(torch.randn(shape), method) > 0
+
+
+def test_products_are_the_same_sums() -> None:
+    y = torch.randn(2, 30, 3, dtype=torch.float64)
+    for a, b in zip(henze_zirkler.by_products(y, 1.2, y[:, 4:9]), henze_zirkler.by_coordinate(y, 1.2, y[:, 4:9]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_peer_that_fails_or_is_wrong_does_not_end_the_run() -> None:
     case = henze_zirkler.cases(quick=True)[0]
     good = next(case.forms())

@@ -303,7 +303,7 @@ def by_products(whitened: Whitened, factors: list[Factor], gradient: bool) -> tu
         gpu.launch(
             pull_kernel, (replicas * tiles * TILE.value // 64,), y, turns[own], turns[other], by, slope, tiles,
             2 * len(turns[own]), 2 * len(turns[other]), by.stride(1 + own), by.stride(1 + other), own, ROWS=64,
-            FEATURES=FEATURES, DEPTH=DEPTH, num_warps=8,
+            FEATURES=FEATURES, DEPTH=DEPTH, num_warps=8, num_stages=1,  # loads ahead would take registers
         )  # fmt: skip
     return value, slope
 
