@@ -26,7 +26,7 @@ from libi_fast.kernels import gpu
 TILE = tl.constexpr(32)
 BLOCK = 128  # points of a program, and of what tiles are filled up to
 NUMBERS = 2048  # of a program of the moments at a time
-SPANS = 128  # that a replica's points are cut into at most, for their moments
+SPANS = 32  # that a replica's points are cut into at most, for their moments: one warp adds them up, one after another
 PROGRAMS = 1024  # of the moments
 EPS = tl.constexpr(2.0**-23)
 
@@ -47,7 +47,7 @@ def place(i, column, row_step, column_step, TILED: tl.constexpr):
     """Of column ``column`` of point i in an array of tiles (row_step: numbers of a tile), or of rows."""
     if TILED:
         return i // TILE * row_step + column * TILE + i % TILE
-    return i * row_step + column * column_step
+    return i * row_step + tl.cast(column, tl.int64) * column_step
 
 
 @triton.jit(do_not_specialize=[
@@ -71,8 +71,8 @@ def moments_kernel(
     b_pivot = tl.zeros((1, WIDTH), tl.float64)
     if not TILED:
         if c < a_columns:
-            a_pivot = tl.load(a + c * a_column_step).to(tl.float64)
-        b_pivot = tl.load(b + column * b_column_step, mask=known, other=0.0).to(tl.float64)
+            a_pivot = tl.load(a + place(0, c, 0, a_column_step, False)).to(tl.float64)
+        b_pivot = tl.load(b + place(0, column, 0, b_column_step, False), mask=known, other=0.0).to(tl.float64)
     total = tl.zeros((BLOCK, WIDTH), tl.float64)
     for step in range(0, steps):
         i = (tl.cast(span, tl.int64) * steps + step) * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -124,7 +124,8 @@ def factor_kernel(
     covariance = second / count - (column_mean / count) * row_mean
     own = tl.where(i == j, tl.maximum(covariance, 0.0), 0.0)
     row_scale, column_scale = tl.sqrt(tl.sum(own, 0)[None, :]), tl.sqrt(tl.sum(own, 1)[:, None])
-    mean = tl.load(z + replica * replica_step + j * column_step, mask=j < D, other=0.0).to(tl.float64) + row_mean
+    pivot = tl.load(z + replica * replica_step + place(0, j, 0, column_step, False), mask=j < D, other=0.0)
+    mean = pivot.to(tl.float64) + row_mean
     tl.store(shift + replica * D + j, mean, mask=j < D)
 
     constant = (row_scale <= tl.abs(mean) * (10.0 * EPS)) & (j < D)
@@ -161,10 +162,11 @@ def points_kernel(
     i = tl.cast(tl.program_id(0) % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside = i < n
-    at = z + replica * replica_step + i * row_step
+    at = z + replica * replica_step
     u = tl.zeros((BLOCK, WIDTH), tl.float64)
     for k in range(0, D):
-        centred = tl.load(at + k * column_step, mask=inside, other=0.0).to(tl.float64) - tl.load(shift + replica * D + k)
+        here = tl.load(at + place(i, k, row_step, column_step, False), mask=inside, other=0.0)
+        centred = here.to(tl.float64) - tl.load(shift + replica * D + k)
         u += centred * tl.load(map + (replica * D + column) * D + k, mask=column < D, other=0.0)
     rounded = (u * double(scale_high, scale_low)).to(tl.float32)
     rounded = tl.where(inside, rounded, 0.0 if NORM else padding)
