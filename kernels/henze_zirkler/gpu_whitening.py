@@ -46,8 +46,10 @@ def halves(value: float) -> tuple[float, float]:
 def place(i, column, row_step, column_step, TILED: tl.constexpr):
     """Of column ``column`` of point i in an array of tiles (row_step: numbers of a tile), or of rows."""
     if TILED:
-        return i // TILE * row_step + column * TILE + i % TILE
-    return i * row_step + tl.cast(column, tl.int64) * column_step
+        at = i // TILE * row_step + column * TILE + i % TILE
+    else:
+        at = i * row_step + tl.cast(column, tl.int64) * column_step
+    return at
 
 
 @triton.jit(do_not_specialize=[
