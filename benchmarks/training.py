@@ -2,8 +2,7 @@
 
 All forms begin with the same parameters and return the objective's terms, epoch by epoch, and the parameters. Torch's forms
 differ in how the statistic's pairs are taken (those of W5a) and in whether the rest is compiled; Adam is torch's fused one. JAX
-scans over the epochs in one call, over all replicas at once or one after another. Peers leave out the bound on the gradient's
-norm, which is not reached here.
+scans over the epochs in one call, over all replicas at once or one after another.
 """
 
 from __future__ import annotations
@@ -24,10 +23,15 @@ from libi_fast.kernels.training import reference
 from libi_fast.ops import training as op
 from libi_fast.ops.random import drawing
 from libi_fast.training.replicas import Replicas, make_system
+from libi_fast.training.start import whiten_codes
 
 REPLICAS = {1: 20, 50: 5, 320: 2}  # and epochs of a call
 RATE = 0.01
-TOLERANCE = 2e-3  # of a term, relative to 1 + its size; of parameters' root mean square, relative to how far a step goes
+BEGUN = 400  # epochs before: at the start gradients fall by orders of magnitude in a step, and codes may turn over
+TOLERANCE = 2e-4  # of a term before the first step, relative to 1 + its size
+MOVED = (
+    1e-2  # of the parameters' root mean square at the end, relative to how far they may have gone: rounding grows on the way
+)
 Result = tuple[Tensor, Tensor]
 
 
@@ -42,10 +46,11 @@ class Task(NamedTuple):
 
 
 def task_of(name: str, replicas: int, rows: int, epochs: int) -> Task:
-    """Restarts of a system of the paper, each from parameters of its own."""
+    """Restarts of a system of the paper, begun as LiBI begins them."""
     data = lf.data.load(name, seed=0)
     model, inference = data.model(), data.inference()
     stacked = Replicas([make_system(model, inference, None, seed, fresh=True) for seed in range(replicas)])
+    whiten_codes(stacked, "inference.", data.train)
     values = {k: v.detach().clone() for k, v in stacked.parameters.items()}
     if name == "LinearJTEx":
         encoder = op.Network(
@@ -66,7 +71,9 @@ def task_of(name: str, replicas: int, rows: int, epochs: int) -> Task:
         "joint", x[None], torch.zeros(replicas, dtype=torch.int64), encoder, decoder, "gaussian",
         model.likelihood.variance.detach(), model.latent_dim, weights, statistic.default_beta(rows, 2), False, 1, draws,
     )  # fmt: skip
-    return Task(problem, epochs)
+    begun = Task(problem, epochs).copy()
+    op.train(begun, adam(begun), [RATE] * BEGUN, [1.0] * BEGUN)
+    return Task(begun, epochs)
 
 
 def adam(problem: op.Problem) -> op.Adam:
@@ -105,13 +112,14 @@ def by_torch(task: Task, sums: Any, rest: Callable[..., Any]) -> Result:
     problem = task.copy()
     leaves = [p.requires_grad_() for p in problem.parameters]
     optimiser = torch.optim.Adam(leaves, lr=RATE, fused=True)
-    told = []
-    for _ in range(task.epochs):
+    told, usual = [], adam(problem).usual
+    for epoch in range(task.epochs):
         optimiser.zero_grad(set_to_none=True)
         z, reconstruction, covariance, mean = rest(problem)
         normality = reference.safe_exp(Pairs.apply(z.contiguous(), problem.hz_beta, sums))
         terms = [reconstruction, normality, covariance, mean]
         torch.stack(terms).sum().backward()
+        reference.clipped([p.grad for p in leaves], usual, epoch)
         optimiser.step()
         told.append(torch.stack([t.detach() for t in terms], -1))
     return torch.stack(told), flat(leaves)
@@ -174,24 +182,33 @@ def by_jax(task: Task, mapped: bool) -> Callable[[], Any]:
     one = jax.grad(loss, has_aux=True)
 
     def epoch(carry: Any, step: Any) -> Any:
-        parameters, means, squares = carry
+        parameters, means, squares, usual = carry
         gradients, terms = jax.lax.map(one, parameters) if mapped else jax.vmap(one)(parameters)
         tree = jax.tree.map
+        norm = jnp.sqrt(sum((g.reshape(len(g), -1) ** 2).sum(1) for g in gradients))
+        usual = jnp.where(step == 1, norm, usual)
+        limit = jnp.where(usual > 0, reference.CLIP * usual, jnp.inf)
+        factor = jnp.minimum(limit / norm, 1)
+        gradients = tree(lambda g: g * factor.reshape(-1, *(1,) * (g.ndim - 1)), gradients)
+        usual += jnp.maximum(reference.USUAL, 1 / step) * (jnp.minimum(norm, limit) - usual)
         means = tree(lambda m, g: m + (1 - reference.BETA1) * (g - m), means, gradients)
         squares = tree(lambda v, g: reference.BETA2 * v + (1 - reference.BETA2) * g * g, squares, gradients)
         size, root = RATE / (1 - reference.BETA1**step), jnp.sqrt(1 - reference.BETA2**step)
         parameters = tree(
             lambda a, m, v: a - size * m / (jnp.sqrt(v) / root + reference.EPSILON), parameters, means, squares
         )  # fmt: skip
-        return (parameters, means, squares), terms
+        return (parameters, means, squares, usual), terms
+
+    start = [jnp.asarray(t.numpy()) for t in p.parameters]
 
     @jax.jit
     def program(parameters: list[Any]) -> Any:
         zeros = [jnp.zeros_like(a) for a in parameters]
-        (parameters, *_), terms = jax.lax.scan(epoch, (parameters, zeros, zeros), jnp.arange(1.0, task.epochs + 1))
+        (parameters, *_), terms = jax.lax.scan(
+            epoch, (parameters, zeros, zeros, jnp.zeros(len(start[0]))), jnp.arange(1.0, task.epochs + 1)
+        )
         return terms, jnp.concatenate([a.reshape(len(a), -1) for a in parameters], 1)
 
-    start = [jnp.asarray(t.numpy()) for t in p.parameters]
     return lambda: program(start)
 
 
@@ -216,14 +233,14 @@ def peers(task: Task) -> Iterator[Form]:
 
 
 def compared(found: tuple[Any, ...], truth: Result, epochs: int) -> dict[str, Any]:
-    """Terms relative to 1 + their size; parameters relative to what Adam's steps may move them by."""
+    """The first terms relative to 1 + their size, the last parameters relative to what Adam's steps may move them by."""
     terms, parameters = (numbers(f).double() for f in found)
-    off = (terms - truth[0]).abs() / (1 + truth[0].abs())
+    off = (terms[0] - truth[0][0]).abs() / (1 + truth[0][0].abs())
     moved = (parameters - truth[1]).square().mean().sqrt() / (RATE * epochs)
     largest, of_parameters = float(off.max()), float(moved)
     return {
         "value": largest, "gradients": of_parameters, "mean value": float(off.square().mean().sqrt()),
-        "allowed": largest <= TOLERANCE and of_parameters <= TOLERANCE,
+        "allowed": largest <= TOLERANCE and of_parameters <= MOVED,
     }  # fmt: skip
 
 

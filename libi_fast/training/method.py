@@ -119,6 +119,8 @@ class Method:
             log_dir: a folder for TensorBoard's event files (needs the package tensorboard).
             progress: show a bar.
 
+        On the CPU small networks of known layers train by a compiled kernel, in full batch: faster, the same to rounding.
+
         Under torch.distributed (torchrun) every process calls this with the same arguments and trains on its part of each
         batch, with the draws, the codes' statistics and the result of one process; a DataLoader gives each process its own
         part.
