@@ -416,5 +416,7 @@ def test_bad_input(error: type, message: str, arguments: tuple[Any, ...]) -> Non
 def test_a_backend_that_is_not_there() -> None:
     with pytest.raises(InputError, match="nonsense"):
         smooth_knn(Z, Z, 3, backend="nonsense")
-    with pytest.raises(InputError, match="smooth_knn has no 'triton' backend; it has 'reference'"):
+    with pytest.raises(
+        InputError, match="backend 'triton' was asked for smooth_knn, but "
+    ):  # there is no GPU, or Z is not on it
         smooth_knn(Z, Z, 3, backend="triton")

@@ -30,6 +30,7 @@ from libi_fast.kernels.importance import gpu_resampling as resampling
 from libi_fast.kernels.importance.reference import Decoder, Draws, reference_normal
 from libi_fast.kernels.log_mean_exp import gpu as log_mean_exp
 from libi_fast.kernels.random import gpu as random
+from libi_fast.kernels.smooth_knn import gpu as smooth_knn
 from libi_fast.ops.importance import PRECISIONS
 
 META = torch.device("meta")
@@ -103,6 +104,13 @@ def annealing_launches(model: Decoder, rows: int, count: int, rate: float = 0.0)
     return launches
 
 
+def smooth_knn_launches(repetitions: int, points: int, d: int, k: int, alphas: tuple[float, ...] = (1.0,)) -> list[gpu.Launch]:
+    a = torch.empty(repetitions, points, d, device=META)
+    with gpu.recorded() as launches:
+        smooth_knn.forward(a, a, k, alphas)
+    return launches
+
+
 def resampling_launches(model: Decoder, rows: int, samples: int, count: int) -> list[gpu.Launch]:
     """What follows the likelihood's own kernels."""
     latent_dim, outputs = model.weights[0].shape[-1], model.weights[-1].shape[-2]
@@ -166,6 +174,7 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
         *pairs_launches(1, 65_536, 16, 5.0),
         *waves_launches(10**6, 4, (1024, 4)),
     ],
+    "W6": lambda: [*smooth_knn_launches(20_000, 100, 2, 1), *smooth_knn_launches(20_000, 100, 2, 10)],
     "W7": lambda: [  # few chains and many; as they warm up, and after
         *chains_launches(W2, 100, 64, target=0.8),
         *chains_launches(W2, 10_000, 64, target=0.8),
@@ -181,6 +190,10 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
         *resampling_launches(W2, 50_000, 5000, 1000),
         *resampling_launches(decoder([8, 50, 9], "tanh", "gaussian"), 50, 5000, 1000),  # the most registers
         *resampling_launches(decoder([50, 100, 20], "tanh", "gaussian"), 50, 5000, 1000),
+    ],
+    "smooth k-NN, most registers": lambda: [
+        *smooth_knn_launches(100, 500, 8, 16, (1.0, 2.0)),
+        *smooth_knn_launches(100, 5, 8, 6),  # a program of one warp; three are not chosen
     ],
     "chains, most registers": lambda: [
         *chains_launches(WIDEST_NARROW, 100, 64, target=0.8),

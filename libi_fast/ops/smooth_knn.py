@@ -35,12 +35,28 @@ def _native(a: Tensor, b: Tensor, k: int, alphas: Sequence[float], gradient: boo
     return value, *(t.new_empty((t.shape[0], 0, t.shape[2])) for t in (a, b))  # type: ignore[return-value]
 
 
+def _triton(a: Tensor, b: Tensor, k: int, alphas: Sequence[float], gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_native`."""
+    if gradient:
+        return reference.forward(a, b, k, alphas, gradient)
+    from libi_fast.kernels.smooth_knn import gpu
+
+    return gpu.forward(a, b, k, alphas), *(t.new_empty((t.shape[0], 0, t.shape[2])) for t in (a, b))  # type: ignore[return-value]
+
+
+def _triton_limit(a: Tensor, b: Tensor, k: int, alphas: Sequence[float], gradient: bool) -> str | None:
+    from libi_fast.kernels.smooth_knn import gpu
+
+    return None if gradient else gpu.refusal(a.shape[1], b.shape[1], a.shape[2], k)
+
+
 _forward: Any = lib.define(
     "smooth_knn",
     "(Tensor a, Tensor b, SymInt k, float[] alphas, bool gradient, str backend) -> (Tensor, Tensor, Tensor)",
-    {"reference": reference.forward, "cpu": _native},
+    {"reference": reference.forward, "cpu": _native, "triton": _triton},
     _fake,
     _vmap,
+    limits={"triton": _triton_limit},
 )
 
 
@@ -79,9 +95,10 @@ def smooth_knn(
     statistic is the expected number of picks from the other sample, standardised over all assignments of the labels, its sign
     turned: mean 0 and variance 1 where a and b have one distribution. A large alpha comes close to counting the k nearest.
 
-    Computed in float64; the compiled kernel, which gives values without gradients, takes float32 where that moves a result by
-    some 1e-6 at most. Memory: some ten numbers a pair of points of one repetition, and a block of repetitions at a time; the
-    kernel, one or two numbers a pair for each thread.
+    Computed in float64; the kernels, which give values without gradients, take float32 where that moves a result by some 1e-6
+    at most. Memory: some ten numbers a pair of points of one repetition, and a block of repetitions at a time; the compiled
+    kernel, one or two numbers a pair for each thread. The Triton kernel takes up to 1024 points of both samples together, 8
+    dimensions, and k up to 16 (or as near to n1 + n2 - 1) in a workspace of at most 268 MB; the reference serves beyond.
 
     Args:
         a: [..., n1, d] and
