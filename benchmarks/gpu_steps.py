@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import libi_fast as lf
-from benchmarks import chains, henze_zirkler, workloads
+from benchmarks import chains, henze_zirkler, smooth_knn, workloads
 from benchmarks.card import Card, copy_bandwidth, finish, interleaved, matmul_precision, matmul_rate, peak_memory, spent
 from benchmarks.cases import Case
 from benchmarks.gpu import FORMS_LIMIT, sanitizer, write
@@ -55,6 +55,9 @@ def run(step: str, path: Path, quick: bool) -> int:
     keep = functools.partial(write, path)
     if step == "W5":
         measure_henze_zirkler(card, result, lambda: keep(result), quick)
+        return 0
+    if step == "W6":
+        measure_smooth_knn(card, result, lambda: keep(result), quick)
         return 0
     if step == "W7":
         measure_chains(card, result, lambda: keep(result), quick)
@@ -190,6 +193,36 @@ def measure_henze_zirkler(card: Card, result: dict[str, Any], keep: Callable[[],
             "precision": name, "median ms": ours["median ms"], "peer": peer,
             "ratio": None if peer is None else times[peer]["median ms"] / ours["median ms"],
             "share of bound": None if clock is None else cycles / (processors * clock * 1e3) / ours["median ms"],
+            "peak bytes": peak_memory(case.ours),
+        })  # fmt: skip
+        found |= {"energy": spent(card, case.ours), "profile": profile(case.ours)}
+        keep()
+
+
+# --- W6 ---
+
+
+def measure_smooth_knn(card: Card, result: dict[str, Any], keep: Callable[[], None], quick: bool) -> None:
+    result |= {"summary": [], "sizes": {}}
+    repetitions = 100 if quick else smooth_knn.REPETITIONS
+    for k, case in zip(smooth_knn.KS, smooth_knn.cases(repetitions, "cuda"), strict=True):
+        found = result["sizes"][case.name] = {"size": case.size, "forms": {}, "error": case.right()}
+        keep()
+        if not found["error"]["allowed"]:
+            raise SystemExit(f"the smooth k-NN statistic is wrong on this GPU: {found['error']}")
+        entries = found["forms"]
+        good = {f.name: f.run for f in case.forms() if tried(f, case, entries.setdefault(f.name, {}), keep)}
+        times = found["interleaved"] = interleaved({"libi_fast": case.ours, **good})
+        matmul_rate("ieee")  # so that the clock is that of work
+        clock, processors = card.now()["sm MHz"], torch.cuda.get_device_properties(0).multi_processor_count
+        # A multiprocessor: 128 multiplications, 16 special functions a cycle.
+        counts = smooth_knn.counts(repetitions, 2 * smooth_knn.POINTS, k)
+        cycles = max(counts["multiply-add"] / 128, (counts["exp2"] + counts["sqrt"]) / 16) / processors
+        ours, peer = times["libi_fast"], min(good, key=lambda name: times[name]["median ms"], default=None)
+        result["summary"].append({
+            "precision": f"k={k}", "median ms": ours["median ms"], "peer": peer,
+            "ratio": None if peer is None else times[peer]["median ms"] / ours["median ms"],
+            "share of bound": None if clock is None else 1e3 * cycles / (clock * 1e6) / ours["median ms"],
             "peak bytes": peak_memory(case.ours),
         })  # fmt: skip
         found |= {"energy": spent(card, case.ours), "profile": profile(case.ours)}
@@ -394,6 +427,8 @@ def small_cases() -> None:
     model = lf.LatentVariableModel(lf.mlp(2, [6], 2), lf.Bernoulli(), latent_dim=2).cuda()
     x = torch.rand(3, 2, device="cuda").round()
     lf.log_likelihood(model, x, num_samples=300, seed=0, pareto=True)
+    for k, alphas in ((1, 1.0), (4, (1.0, 2.0)), (22, 1.0), (4, 100.0)):
+        lf.smooth_knn(*torch.randn(2, 3, 13, 2, device="cuda"), k=k, alphas=alphas)
     for method in ("hmc", "random-walk", "sir"):
         lf.sample_posterior(model, x, 20, method=method, seed=0)
     torch.cuda.synchronize()

@@ -4,6 +4,7 @@ take beside plain torch and JAX."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,8 +24,13 @@ REPETITIONS, POINTS = 20_000, 100  # the paper's numbers
 KS = (1, 10)
 CHECKED = 200  # repetitions
 TOLERANCE = 1e-4  # the statistic's standard deviation is 1
-BATCHES = {"torch": (5, 10, 20, 50, 100), "JAX": (1, 2, 5, 10, 20, 50)}  # repetitions at a time
-TORCH_PART = 500  # repetitions that torch does when it is timed: the whole takes it minutes
+# Repetitions at a time; on a GPU linear-domain takes 3.4 MB for each at k = 10.
+BATCHES = {
+    "cpu": {"torch": (5, 10, 20, 50, 100), "JAX": (1, 2, 5, 10, 20, 50)},
+    "cuda": {"torch": (100, 1000, 5000), "JAX": (20, 100, 200)},
+}
+TORCH_PART = {"cpu": 500, "cuda": REPETITIONS}  # that torch does when it is timed: the whole takes a CPU minutes
+UNROLLED = 10  # points that one compiled piece of the recursion takes
 JITTER = 1e-5
 
 
@@ -55,8 +61,9 @@ def run(progress: bool = True) -> dict[str, Any]:
 # --- W6 ---
 
 
-def cases(repetitions: int = REPETITIONS) -> list[Case]:
-    a, b = (lf.philox_normal(s, repetitions, 2 * POINTS, stream=Stream.DATA).unflatten(1, (POINTS, 2)) for s in (1, 2))
+def cases(repetitions: int = REPETITIONS, device: str = "cpu") -> list[Case]:
+    drawn = (lf.philox_normal(s, repetitions, 2 * POINTS, stream=Stream.DATA, device=device) for s in (1, 2))
+    a, b = (t.unflatten(1, (POINTS, 2)) for t in drawn)
     return [case(a, b, k) for k in KS]
 
 
@@ -102,7 +109,7 @@ def statistic_of(a: Tensor, b: Tensor, k: int, inclusion: Inclusion) -> Tensor:
     chi1, chi2 = n1 * n2 / (n * (n - 1)), 4 * (n1 - 1) * (n2 - 1) / ((n - 2) * (n - 3))
     z = torch.cat((a, b), 1)
     square = sum((c[:, :, None] - c[:, None, :]).square() for c in z.unbind(-1))
-    own = torch.eye(n, dtype=torch.bool)
+    own = torch.eye(n, dtype=torch.bool, device=z.device)
     x = (-(JITTER + square).sqrt()).masked_fill(own, -math.inf)
     p = inclusion(x.permute(2, 0, 1).reshape(n, -1), k).reshape(n, -1, n)  # [j, R, i]
     excess = (p - k / (n - 1)).masked_fill(own[:, None], 0.0)
@@ -117,7 +124,7 @@ def log_domain(x: Tensor, k: int) -> Tensor:
     if k == 1:
         return torch.softmax(x, 0)
     n, rows = x.shape
-    first = torch.full((k, rows), -math.inf)
+    first = x.new_full((k, rows), -math.inf)
     first[0] = 0.0
     none = first[1:2]
 
@@ -141,7 +148,7 @@ def linear_domain(x: Tensor, k: int) -> Tensor:
         return w
     w = w * k
     n, rows = x.shape
-    before = torch.zeros(n, k, rows)
+    before = x.new_zeros(n, k, rows)
     before[0, 0] = 1
     for j in range(n - 1):
         torch.add(before[j, 1:], before[j, :-1] * w[j], out=before[j + 1, 1:])
@@ -155,14 +162,57 @@ def linear_domain(x: Tensor, k: int) -> Tensor:
     return joint * (k / joint.sum(0))
 
 
+def before_points(e: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Polynomials before each of the points w [m, rows], from e [k, rows] before the first; and after the last."""
+    c, found = list(e.unbind()), []
+    for one in w.unbind():
+        found.append(torch.stack(c))
+        c = [c[0], *(high + one * low for low, high in itertools.pairwise(c))]
+    return torch.stack(found), torch.stack(c)
+
+
+def meet_points(before: Tensor, e: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the points w, last to first, each odds times the others' polynomial, e [k, rows] being that of those after them."""
+    c, found = list(e.unbind()), []
+    for f, one in zip(reversed(before.unbind()), reversed(w.unbind()), strict=True):
+        found.append(one * sum(p * q for p, q in zip(f.unbind(), reversed(c), strict=True)))
+        c = [c[0], *(high + one * low for low, high in itertools.pairwise(c))]
+    return torch.stack(found[::-1]), torch.stack(c)
+
+
+def in_pieces() -> Inclusion:
+    """linear_domain with each coefficient apart, compiled for UNROLLED points at a time: whole it is too long a program."""
+    forward, backward = (torch.compile(f, dynamic=False) for f in (before_points, meet_points))
+
+    def inclusion(x: Tensor, k: int) -> Tensor:
+        w = torch.softmax(x, 0) * k
+        e = x.new_zeros(k, x.shape[1])
+        e[0] = 1
+        first, pieces, joint = e, w.split(UNROLLED), []
+        before = []
+        for piece in pieces:
+            found, e = forward(e, piece)
+            before.append(found)
+        e = first
+        for f, piece in zip(reversed(before), reversed(pieces), strict=True):
+            found, e = backward(f, e, piece)
+            joint.append(found)
+        whole = torch.cat(joint[::-1])
+        return whole * (k / whole.sum(0))
+
+    return inclusion
+
+
 def forms(a: Tensor, b: Tensor, k: int) -> Iterator[Form]:
     functions: dict[str, Inclusion] = {"torch eager log-domain": log_domain, "torch eager linear-domain": linear_domain}
-    if k == 1:  # one softmax in both; for k = 10 the loop over 200 points, unrolled, is too long a program to compile
+    if k == 1:  # one softmax in both
         functions = {"torch eager": linear_domain, "torch.compile": linear_domain}
-    part = min(len(a), TORCH_PART)
+    elif a.is_cuda:
+        functions["torch.compile in pieces"] = in_pieces()
+    part = min(len(a), TORCH_PART[a.device.type])
     for name, inclusion in functions.items():
         one = statistic_of if name != "torch.compile" else torch.compile(statistic_of, dynamic=False)
-        for batch in (size for size in BATCHES["torch"] if part % size == 0):
+        for batch in (size for size in BATCHES[a.device.type]["torch"] if part % size == 0):
 
             def check(a: Tensor, b: Tensor, one=one, inclusion=inclusion, batch=batch) -> tuple[Tensor]:
                 return (torch.cat([one(*block, k, inclusion) for block in zip(a.split(batch), b.split(batch), strict=True)]),)
@@ -228,9 +278,9 @@ def jax_forms(a: Tensor, b: Tensor, k: int) -> Iterator[Form]:
         return -between / jnp.sqrt(JITTER + variance)
 
     functions = {"JAX": stacked} if k == 1 else {"JAX, coefficients stacked": stacked, "JAX, coefficients apart": apart}
-    whole_a, whole_b = jnp.asarray(a.numpy()), jnp.asarray(b.numpy())
+    whole_a, whole_b = (jnp.asarray(t.cpu().numpy()) for t in (a, b))  # on JAX's own device
     for name, polynomials in functions.items():
-        for batch in (size for size in BATCHES["JAX"] if CHECKED % size == 0 and len(a) % size == 0):
+        for batch in (size for size in BATCHES[a.device.type]["JAX"] if CHECKED % size == 0 and len(a) % size == 0):
 
             def all_of(a: Any, b: Any, batch=batch, polynomials=polynomials) -> Any:
                 many = jax.vmap(lambda a, b: statistic(a, b, polynomials))
@@ -243,6 +293,6 @@ def jax_forms(a: Tensor, b: Tensor, k: int) -> Iterator[Form]:
                 return (jitted(whole_a, whole_b),)
 
             def check(a: Tensor, b: Tensor, jitted=jitted) -> tuple[Any]:
-                return (jitted(jnp.asarray(a.numpy()), jnp.asarray(b.numpy())),)
+                return (jitted(jnp.asarray(a.cpu().numpy()), jnp.asarray(b.cpu().numpy())),)
 
             yield Form(f"{name}, {batch} repetitions", "ieee", run, check)

@@ -168,6 +168,15 @@ def test_peers_of_smooth_knn(k):
     assert ("JAX" in seen) == (importlib.util.find_spec("jax") is not None)
 
 
+def test_smooth_knn_in_pieces(monkeypatch):
+    """The peer for a GPU, without the compiler; the last piece is shorter."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    a, b = torch.randn(2, 3, 12, 2)
+    found = smooth_knn.statistic_of(a, b, 5, smooth_knn.in_pieces())
+    expected = smooth_knn.lf.smooth_knn(a.double(), b.double(), k=5, backend="reference")
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=smooth_knn.TOLERANCE)
+
+
 def few_chains() -> chains.Task:
     """A decoder so small that it compiles at once."""
     workload = workloads.WORKLOADS["W2"]._replace(widths=(2, 5, 2), variance=0.1, rows=4)
