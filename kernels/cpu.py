@@ -534,7 +534,7 @@ class _TrainingCall:
     ) -> _Network:
         """``means`` and ``squares``: Adam's, of each parameter."""
         widths = network.widths
-        pointers: dict[str, list[int | None]] = {name: [] for name, _ in _Network._fields_[5:]}
+        pointers: dict[str, list[int | None]] = {field[0]: [] for field in _Network._fields_[5:]}
         left = zip(means, squares, strict=True)
         for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
             of_weight = ("weights", "weight_means", "weight_squares"), weight, (self.replicas, widths[i + 1], widths[i])

@@ -52,11 +52,12 @@ def problem_of(
         return None
     if type(model) is not LatentVariableModel or type(model.likelihood) not in (Gaussian, DiagonalGaussian, Bernoulli):
         return None
-    own_encoder = system.encoder is not None and objective.name != "elbo"
-    if not own_encoder and type(system.inference) is not MeanFieldGaussian:
+    if system.encoder is not None and objective.name != "elbo":
+        encoder = _network(system.encoder, "encoder.", replicas, trained)
+    elif type(system.inference) is MeanFieldGaussian:
+        encoder = _network(system.inference.network, "inference.network.", replicas, trained)
+    else:
         return None
-    prefix = "encoder." if own_encoder else "inference.network."
-    encoder = _network(system.encoder if own_encoder else system.inference.network, prefix, replicas, trained)
     decoder = _network(model.decoder, "model.decoder.", replicas, trained)
     if encoder is None or decoder is None:
         return None
