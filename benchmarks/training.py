@@ -30,8 +30,9 @@ RATE = 0.01
 BEGUN = 400  # epochs before: at the start gradients fall by orders of magnitude in a step, and codes may turn over
 TOLERANCE = 2e-3  # of a term before the first step, relative to 1 + its size, as for W5
 MOVED = (
-    1e-2  # of the parameters' root mean square at the end, relative to how far they may have gone: rounding grows on the way
+    1e-2  # of the parameters' mean difference at the end, relative to how far Adam may have moved them: it takes whole steps
 )
+# along gradients that are rounding alone
 Result = tuple[Tensor, Tensor]
 
 
@@ -236,7 +237,7 @@ def compared(found: tuple[Any, ...], truth: Result, epochs: int) -> dict[str, An
     """The first terms relative to 1 + their size, the last parameters relative to what Adam's steps may move them by."""
     terms, parameters = (numbers(f).double() for f in found)
     off = (terms[0] - truth[0][0]).abs() / (1 + truth[0][0].abs())
-    moved = (parameters - truth[1]).square().mean().sqrt() / (RATE * epochs)
+    moved = (parameters - truth[1]).abs().mean() / (RATE * epochs)
     largest, of_parameters = float(off.max()), float(moved)
     return {
         "value": largest, "gradients": of_parameters, "mean value": float(off.square().mean().sqrt()),
