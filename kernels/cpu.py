@@ -313,17 +313,40 @@ def smooth_knn(z: Tensor, n1: int, k: int, alphas: Sequence[float]) -> Tensor:
     return out
 
 
-class _ImportanceCall:
-    """The arguments of an importance kernel, with the tensors and arrays that its pointers point into kept alive."""
+class _Call:
+    """Keeps alive the tensors and arrays that a kernel's pointers point into."""
+
+    def __init__(self) -> None:
+        self._kept: list[Any] = []
+
+    def _tensor(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _integers(self, values: Sequence[int]) -> Any:
+        return self._array(_Int64, values)
+
+    def _tensors(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self._array(_Pointer, [self._tensor(t) for t in tensors])
+
+    def _array(self, kind: Any, values: Sequence[Any]) -> Any:
+        self._kept.append((kind * len(values))(*values))
+        return ctypes.cast(self._kept[-1], _Pointer)
+
+
+class _ImportanceCall(_Call):
+    """The arguments of an importance kernel."""
 
     def __init__(
         self, x: Tensor, mean: Tensor | None, log_scale: Tensor, decoder: Any, draws: Draws, num_samples: int, tail: int
     ):  # fmt: skip
+        super().__init__()
         like = log_scale if mean is None else mean
         self.dtype = like.dtype
         replicas, rows, latents = like.shape
         layers = len(decoder.weights)
-        self._kept: list[Any] = []
         # Kernels read as far as these shapes say. Where replicas share a tensor its first size is 1.
         per_row = (replicas, rows)
         self._expect("x", x, (replicas, rows, decoder.widths[-1]), True)
@@ -362,22 +385,6 @@ class _ImportanceCall:
         if not fits or tensor.dtype != self.dtype or tensor.device.type != "cpu":
             found = f"{tuple(tensor.shape)}, {tensor.dtype}, {tensor.device.type}"
             raise ValueError(f"importance: {name} is {found}; expected {shape}, {self.dtype}, cpu")
-
-    def _tensor(self, tensor: Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        self._kept.append(tensor.contiguous())
-        return self._kept[-1].data_ptr()
-
-    def _integers(self, values: Sequence[int]) -> Any:
-        return self._array(_Int64, values)
-
-    def _tensors(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self._array(_Pointer, [self._tensor(t) for t in tensors])
-
-    def _array(self, kind: Any, values: Sequence[Any]) -> Any:
-        self._kept.append((kind * len(values))(*values))
-        return ctypes.cast(self._kept[-1], _Pointer)
 
     def run(self, name: str, **tensors: Tensor | Sequence[Tensor | None] | None) -> None:
         for field, value in tensors.items():
@@ -503,20 +510,15 @@ def annealing(
     return result
 
 
-class _TrainingCall:
-    """The arguments of the training kernels: tensors that are changed in place, and arrays that must outlive the call."""
+class _TrainingCall(_Call):
+    """The arguments of the training kernels, some of whose tensors are changed in place."""
 
     def __init__(self, dtype: torch.dtype, replicas: int):
+        super().__init__()
         self.dtype, self.replicas = dtype, replicas
-        self._kept: list[Any] = []
 
-    def array(self, kind: Any, values: Sequence[Any]) -> Any:
-        self._kept.append((kind * len(values))(*values))
-        return ctypes.cast(self._kept[-1], _Pointer)
-
-    def constant(self, tensor: Tensor, dtype: torch.dtype) -> int:
-        self._kept.append(tensor.to("cpu", dtype).contiguous())
-        return self._kept[-1].data_ptr()
+    def constant(self, tensor: Tensor, dtype: torch.dtype) -> int | None:
+        return self._tensor(tensor.to("cpu", dtype))
 
     def changed(self, name: str, tensor: Tensor, shape: Sequence[int]) -> int:
         if (
@@ -546,9 +548,9 @@ class _TrainingCall:
         diagonals = [None if d is None else self.constant(d, torch.float64) for d in network.diagonals]
         known = list(training_reference.ACTIVATIONS)
         return _Network(
-            len(network.weights), self.array(_Int64, widths),
-            self.array(_Int64, [known.index(name) for name in network.activations]), network.trained,
-            self.array(_Pointer, diagonals), **{name: self.array(_Pointer, each) for name, each in pointers.items()},
+            len(network.weights), self._integers(widths),
+            self._integers([known.index(name) for name in network.activations]), network.trained,
+            self._array(_Pointer, diagonals), **{name: self._array(_Pointer, each) for name, each in pointers.items()},
         )  # fmt: skip
 
 
@@ -574,7 +576,7 @@ def train(
         list(training_reference.OBJECTIVES).index(p.objective), p.variance.numel(), call.constant(p.variance, p.x.dtype),
         call.constant(p.weights, torch.float64), p.hz_beta, p.closed, p.samples, int(p.draws.seed) & _MASK,
         call.constant(p.draws.replicas, torch.int64), p.draws.repetition, p.draws.stream, len(rates),
-        call.array(_Double, rates), call.array(_Double, rises), adam.steps, adam.epsilon,
+        call._array(_Double, rates), call._array(_Double, rises), adam.steps, adam.epsilon,
         call.changed("usual", adam.usual, (replicas,)), torch.get_num_threads(), terms.data_ptr(),
     )  # fmt: skip
     _call("training", p.x.dtype, ctypes.byref(struct))

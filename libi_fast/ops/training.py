@@ -11,9 +11,6 @@ from libi_fast.kernels import cpu as native
 from libi_fast.kernels.importance.reference import Draws
 from libi_fast.kernels.training import reference
 from libi_fast.kernels.training.reference import (
-    ACTIVATIONS,
-    CLIP,
-    USUAL,
     Adam,
     Network,
     Problem,
@@ -26,8 +23,8 @@ from libi_fast.kernels.training.reference import (
 from libi_fast.ops import _library as lib
 
 __all__ = [
-    "ACTIVATIONS", "CLIP", "USUAL", "Adam", "Draws", "Network", "Problem", "clipped", "jtex_map", "moment_errors",
-    "safe_exp", "serves", "sigmoid_cube_root", "train",
+    "Adam", "Draws", "Network", "Problem", "clipped", "jtex_map", "moment_errors", "safe_exp", "serves", "sigmoid_cube_root",
+    "train",
 ]  # fmt: skip
 
 
@@ -55,7 +52,6 @@ def train(
     Source:
         Paper, Eqs 2 and 42-46; Kingma & Ba 2015.
     """
-    name = lib.current_backend(backend) or ("cpu" if problem.x.device.type == "cpu" and native.available() else "reference")
     implementations = {"reference": reference.run, "cpu": native.train}
-    chosen = lib._choose("training", implementations, {}, name, [problem.x])
+    chosen = lib._choose("training", implementations, {}, lib.current_backend(backend), [problem.x])
     return implementations[chosen](problem, adam, rates, rises)
