@@ -16,6 +16,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from offline import TARGETS, Key, Resources, key_of, resources
+from training_problems import fresh, on, problem
 
 from libi_fast.kernels import gpu
 from libi_fast.kernels.annealing import gpu as annealing
@@ -31,6 +32,7 @@ from libi_fast.kernels.importance.reference import Decoder, Draws, reference_nor
 from libi_fast.kernels.log_mean_exp import gpu as log_mean_exp
 from libi_fast.kernels.random import gpu as random
 from libi_fast.kernels.smooth_knn import gpu as smooth_knn
+from libi_fast.kernels.training import gpu as training
 from libi_fast.ops.importance import PRECISIONS
 
 META = torch.device("meta")
@@ -132,6 +134,13 @@ def pairs_launches(replicas: int, n: int, d: int, beta: float, gradient: bool = 
     return launches
 
 
+def training_launches(system: str, objective: str) -> list[gpu.Launch]:
+    p = on(META, problem(system, objective, torch.float32, replicas=100, rows=500))
+    with gpu.recorded() as launches:
+        training.run(p, fresh(p), [0.01] * 10, [1.0] * 10)
+    return launches
+
+
 def waves_launches(n: int, d: int, *factors: tuple[int, int]) -> list[gpu.Launch]:
     """factors: (frequencies, dimensions) each; what whitens the points is in pairs_launches."""
     made = [Factor(torch.empty(m, k, device=META), torch.empty(m, device=META)) for m, k in factors]
@@ -180,6 +189,11 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
         *chains_launches(W2, 10_000, 64, target=0.8),
         *chains_launches(W2, 10_000, 64),
         *chains_launches(W2, 10_000, 64, "random-walk"),
+    ],
+    "W8": lambda: [*training_launches("LinearJTEx", "joint"), *training_launches("Mobius", "joint")],
+    "training, most registers": lambda: [
+        *training_launches("widest", "joint"),
+        *training_launches("LinearJTEx", "closed elbo"),
     ],
     "W9": lambda: [*annealing_launches(W2, 20, 16), *annealing_launches(W2, 10_000, 16), *annealing_launches(W2, 20, 16, 0.1)],
     "annealing, most registers": lambda: [

@@ -47,37 +47,27 @@ FAR = 4.0  # beta from which rounding of |u_i - u_j|^2 by products would be felt
 PROGRAMS = 2048  # of the pairs, where points are few: 8 a place on an H200
 LONGEST = 128  # tiles of a split: as many terms are added in float32
 SHORTEST = 8
-DISTANT = 1e18  # coordinates of no point: its square is finite, and 2^ of minus it is 0
+DISTANT = tl.constexpr(1e18)  # coordinates of no point: its square is finite, and 2^ of minus it is 0
 
 
-@triton.jit(do_not_specialize=["n", "tiles", "splits", "width"])
-def pairs_kernel(
-    u, out, n, tiles, splits, width,
-    D: tl.constexpr, DIRECT: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """ROWS points with the ``width`` tiles of one split -> T (with GRADIENT) and K in tiles [R, splits, tiles, columns, 32]."""
+@triton.jit
+def near(u, row, first, end, D: tl.constexpr, DIRECT: tl.constexpr, GRADIENT: tl.constexpr):
+    """Of points ``row`` [ROWS, 1] with the tiles from first to end: K and T (with GRADIENT) in each thread's column [ROWS, 32],
+    and the points' own columns, twice as large for products."""
     C: tl.constexpr = D if DIRECT else D + 1
-    OUT: tl.constexpr = D + 1 if GRADIENT else 1
-    blocks = tl.cdiv(n, ROWS)
-    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks % splits
-    replica = tl.cast(tl.program_id(0) // blocks // splits, tl.int64)
-    u += replica * tiles * (C * TILE)
-    row = block * ROWS + tl.arange(0, ROWS)[:, None]
     mine = u + row.to(tl.int64) // TILE * (C * TILE) + row % TILE
     here = ()
     sums = ()
     for c in tl.static_range(D):
         here = here + (tl.load(mine + c * TILE) * (1.0 if DIRECT else 2.0),)
         if GRADIENT:
-            sums = sums + (tl.zeros((ROWS, TILE), tl.float32),)
+            sums = sums + (tl.zeros((row.shape[0], TILE), tl.float32),)
     square = 0.0
     if not DIRECT:
         square = tl.load(mine + D * TILE)
-    total = tl.zeros((ROWS, TILE), tl.float32)
-
-    first = split * width
+    total = tl.zeros((row.shape[0], TILE), tl.float32)
     at = u + tl.cast(first, tl.int64) * (C * TILE) + tl.arange(0, TILE)[None, :]
-    for _ in range(first, tl.minimum(first + width, tl.cdiv(n, TILE))):
+    for _ in range(first, end):
         there = ()
         for c in tl.static_range(D):
             there = there + (tl.load(at + c * TILE),)
@@ -101,14 +91,31 @@ def pairs_kernel(
                 grown = grown + (sums[c] + k * between[c],)
             sums = grown
         at += C * TILE
+    return total, sums, here
+
+
+@triton.jit(do_not_specialize=["n", "tiles", "splits", "width"])
+def pairs_kernel(
+    u, out, n, tiles, splits, width,
+    D: tl.constexpr, DIRECT: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS points with the ``width`` tiles of one split -> T (with GRADIENT) and K in tiles [R, splits, tiles, columns, 32]."""
+    OUT: tl.constexpr = D + 1 if GRADIENT else 1
+    blocks = tl.cdiv(n, ROWS)
+    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks % splits
+    replica = tl.cast(tl.program_id(0) // blocks // splits, tl.int64)
+    u += replica * tiles * ((D if DIRECT else D + 1) * TILE)
+    row = block * ROWS + tl.arange(0, ROWS)[:, None]
+    first = split * width
+    total, sums, here = near(u, row, first, tl.minimum(first + width, tl.cdiv(n, TILE)), D, DIRECT, GRADIENT)
 
     to = out + (replica * splits + split) * tiles * (OUT * TILE) + row.to(tl.int64) // TILE * (OUT * TILE) + row % TILE
-    near = tl.sum(total, 1)[:, None]
-    tl.store(to + (OUT - 1) * TILE, near)
+    count = tl.sum(total, 1)[:, None]
+    tl.store(to + (OUT - 1) * TILE, count)
     if GRADIENT:
         for c in tl.static_range(D):
             met = tl.sum(sums[c], 1)[:, None]
-            tl.store(to + c * TILE, met if DIRECT else 0.5 * here[c] * near - met)
+            tl.store(to + c * TILE, met if DIRECT else 0.5 * here[c] * count - met)
 
 
 @triton.jit(do_not_specialize=["tiles", "splits", "u_columns"])
@@ -184,7 +191,7 @@ def forward(z: Tensor, beta: float, gradient: bool) -> tuple[Tensor, Tensor]:
     scale = beta * math.sqrt(0.5 * math.log2(math.e))
     direct = d <= 4 or beta >= FAR
     with gpu.device_of(z):
-        whitened = whiten(z, scale, DISTANT, norm=not direct)
+        whitened = whiten(z, scale, DISTANT.value, norm=not direct)
         parts = pairs(whitened, gradient, direct)
         own = whitened.new(d + 2 if gradient else 2)
         tiles, columns = own.shape[1:3]

@@ -104,6 +104,33 @@ def eliminated(matrix, i, j, D: tl.constexpr):
     return tl.sum(tl.where(i == j, matrix, 0.0), 1)[:, None], inverse
 
 
+@triton.jit
+def factored(covariance, mean, i, j, D: tl.constexpr):
+    """Of a covariance [WIDTH, WIDTH] and the mean, a row: A (0 where singular), and whether it is singular."""
+    inside = (i < D) & (j < D)
+    own = tl.where(i == j, tl.maximum(covariance, 0.0), 0.0)
+    row_scale, column_scale = tl.sqrt(tl.sum(own, 0)[None, :]), tl.sqrt(tl.sum(own, 1)[:, None])
+    constant = (row_scale <= tl.abs(mean) * (10.0 * EPS)) & (j < D)
+    finite = tl.max(tl.max(tl.where(tl.abs(covariance) < float("inf"), 0, 1), 1), 0) == 0  # NaN is not below infinity
+    flat = tl.max(tl.max(constant.to(tl.int32), 1), 0) > 0
+    eye = tl.where(i == j, 1.0, 0.0).to(tl.float64)
+    sound = inside & finite & (flat == 0)
+    correlation = tl.where(sound, covariance / tl.where(sound, column_scale * row_scale, 1.0), eye)
+    vector = tl.where(j < D, 1.0 + (j * 5 % 11) * 0.1, 0.0).to(tl.float64)  # a direction that is no likely eigenvector's rival
+    largest = tl.cast(1.0, tl.float64)
+    for _ in range(0, 16):
+        moved = tl.sum(correlation * vector, 1)[:, None]
+        vector = tl.sum(correlation * moved, 0)[None, :]
+        largest = tl.sqrt(tl.sum(tl.sum(vector * vector, 1), 0) / tl.sum(tl.sum(moved * moved, 1), 0))
+        vector /= tl.sqrt(tl.sum(tl.sum(vector * vector, 1), 0))
+    lowered, _ = eliminated(correlation - eye * largest * (10.0 * D * EPS), i, j, D)
+    short = tl.max(tl.max(tl.where(lowered > 0.0, 0, 1), 1), 0) > 0
+    pivots, inverse = eliminated(correlation, i, j, D)
+    regular = finite & (flat == 0) & (short == 0)
+    safe = tl.where(regular & inside, tl.sqrt(pivots) * row_scale, 1.0)
+    return tl.where(regular, inverse / safe, 0.0), (finite & (regular == 0)).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["n", "spans", "replica_step", "column_step"])
 def factor_kernel(
     z, moments, map, shift, singular, n, spans, replica_step, column_step, D: tl.constexpr, WIDTH: tl.constexpr
@@ -124,32 +151,23 @@ def factor_kernel(
     count = tl.cast(n, tl.float64)
     row_mean /= count
     covariance = second / count - (column_mean / count) * row_mean
-    own = tl.where(i == j, tl.maximum(covariance, 0.0), 0.0)
-    row_scale, column_scale = tl.sqrt(tl.sum(own, 0)[None, :]), tl.sqrt(tl.sum(own, 1)[:, None])
     pivot = tl.load(z + replica * replica_step + place(0, j, 0, column_step, False), mask=j < D, other=0.0)
     mean = pivot.to(tl.float64) + row_mean
     tl.store(shift + replica * D + j, mean, mask=j < D)
+    factor, degenerate = factored(covariance, mean, i, j, D)
+    tl.store(map + (replica * D + i) * D + j, factor, mask=inside)
+    tl.store(singular + replica, degenerate)
 
-    constant = (row_scale <= tl.abs(mean) * (10.0 * EPS)) & (j < D)
-    finite = tl.max(tl.max(tl.where(tl.abs(covariance) < float("inf"), 0, 1), 1), 0) == 0  # NaN is not below infinity
-    flat = tl.max(tl.max(constant.to(tl.int32), 1), 0) > 0
-    eye = tl.where(i == j, 1.0, 0.0).to(tl.float64)
-    sound = inside & finite & (flat == 0)
-    correlation = tl.where(sound, covariance / tl.where(sound, column_scale * row_scale, 1.0), eye)
-    vector = tl.where(j < D, 1.0 + (j * 5 % 11) * 0.1, 0.0).to(tl.float64)  # a direction that is no likely eigenvector's rival
-    largest = tl.cast(1.0, tl.float64)
-    for _ in range(0, 16):
-        moved = tl.sum(correlation * vector, 1)[:, None]
-        vector = tl.sum(correlation * moved, 0)[None, :]
-        largest = tl.sqrt(tl.sum(tl.sum(vector * vector, 1), 0) / tl.sum(tl.sum(moved * moved, 1), 0))
-        vector /= tl.sqrt(tl.sum(tl.sum(vector * vector, 1), 0))
-    lowered, _ = eliminated(correlation - eye * largest * (10.0 * D * EPS), i, j, D)
-    short = tl.max(tl.max(tl.where(lowered > 0.0, 0, 1), 1), 0) > 0
-    pivots, inverse = eliminated(correlation, i, j, D)
-    regular = finite & (flat == 0) & (short == 0)
-    safe = tl.where(regular & inside, tl.sqrt(pivots) * row_scale, 1.0)
-    tl.store(map + (replica * D + i) * D + j, tl.where(regular, inverse / safe, 0.0), mask=inside)
-    tl.store(singular + replica, (finite & (regular == 0)).to(tl.int32))
+
+@triton.jit
+def standardised(z, map, shift, i, column, inside, row_step, column_step, TILED: tl.constexpr, D: tl.constexpr):
+    """Columns ``column`` of A (z - mean) of points i, in double."""
+    u = tl.zeros((i.shape[0], column.shape[1]), tl.float64)
+    for k in range(0, D):
+        here = tl.load(z + place(i, k, row_step, column_step, TILED), mask=inside, other=0.0)
+        centred = here.to(tl.float64) - tl.load(shift + k)
+        u += centred * tl.load(map + column * D + k, mask=column < D, other=0.0)
+    return u
 
 
 @triton.jit(do_not_specialize=["n", "tiles", "replica_step", "row_step", "column_step"])
@@ -165,11 +183,7 @@ def points_kernel(
     column = tl.arange(0, WIDTH)[None, :]
     inside = i < n
     at = z + replica * replica_step
-    u = tl.zeros((BLOCK, WIDTH), tl.float64)
-    for k in range(0, D):
-        here = tl.load(at + place(i, k, row_step, column_step, False), mask=inside, other=0.0)
-        centred = here.to(tl.float64) - tl.load(shift + replica * D + k)
-        u += centred * tl.load(map + (replica * D + column) * D + k, mask=column < D, other=0.0)
+    u = standardised(at, map + replica * D * D, shift + replica * D, i, column, inside, row_step, column_step, False, D)
     rounded = (u * double(scale_high, scale_low)).to(tl.float32)
     rounded = tl.where(inside, rounded, 0.0 if NORM else padding)
     C: tl.constexpr = D + NORM
@@ -212,6 +226,19 @@ def way_back_kernel(
     tl.store(mean + replica * D + j, carried, mask=j < D)
 
 
+@triton.jit
+def in_points(u, slope, map, mixed, mean, i, column, u_step, slope_step, D: tl.constexpr):
+    """Columns ``column`` of A' g - (B A)' u - A' mean g of points i, in double; u and g in tiles of so many numbers."""
+    known = column < D
+    total = tl.zeros(i.shape, tl.float64) - tl.load(mean + column, mask=known, other=0.0)
+    for k in range(0, D):
+        line = k * D + column
+        g = tl.load(slope + place(i, k, slope_step, 0, True)).to(tl.float64)
+        here = tl.load(u + place(i, k, u_step, 0, True)).to(tl.float64)
+        total += g * tl.load(map + line, mask=known, other=0.0) - here * tl.load(mixed + line, mask=known, other=0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=["n", "tiles", "u_columns", "columns"])
 def gradient_kernel(
     u, slope, map, mixed, mean, singular, out, n, tiles, u_columns, columns,
@@ -225,12 +252,10 @@ def gradient_kernel(
     known = column < D
     u += replica * tiles * u_columns * TILE
     slope += replica * tiles * columns * TILE
-    total = tl.zeros((BLOCK, WIDTH), tl.float64) - tl.load(mean + replica * D + column, mask=known, other=0.0)
-    for k in range(0, D):
-        line = (replica * D + k) * D + column
-        g = tl.load(slope + place(i, k, columns * TILE, 0, True)).to(tl.float64)
-        here = tl.load(u + place(i, k, u_columns * TILE, 0, True)).to(tl.float64)
-        total += g * tl.load(map + line, mask=known, other=0.0) - here * tl.load(mixed + line, mask=known, other=0.0)
+    total = in_points(
+        u, slope, map + replica * D * D, mixed + replica * D * D, mean + replica * D, i, column, u_columns * TILE,
+        columns * TILE, D,
+    )  # fmt: skip
     value = tl.where(tl.load(singular + replica) > 0, 0.0, total).to(tl.float32)
     tl.store(out + (replica * n + i) * D + column, value, mask=(i < n) & known)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from libi_fast.errors import InputError
 from libi_fast.kernels import cpu as native
 from libi_fast.kernels.importance.reference import Draws
 from libi_fast.kernels.training import reference
@@ -28,9 +28,36 @@ __all__ = [
 ]  # fmt: skip
 
 
-def serves(device: torch.device) -> bool:
-    """Whether a compiled kernel would train here, with the backend asked for."""
-    return lib.current_backend() in ("", "cpu") and device.type == "cpu" and native.available()
+def _native(problem: Problem, adam: Adam, rates: Sequence[float], rises: Sequence[float]) -> Tensor:
+    return native.train(problem, adam, rates, rises)
+
+
+def _triton(problem: Problem, adam: Adam, rates: Sequence[float], rises: Sequence[float]) -> Tensor:
+    from libi_fast.kernels.training import gpu
+
+    return gpu.run(problem, adam, rates, rises)
+
+
+def _refusal(problem: Problem) -> str | None:
+    from libi_fast.kernels.training import gpu
+
+    return gpu.refusal(problem)
+
+
+_IMPLEMENTATIONS = {"reference": reference.run, "cpu": _native, "triton": _triton}
+
+
+def _backend(problem: Problem, backend: str | None = None) -> str:
+    limits = {"triton": lambda *_: _refusal(problem)}
+    return lib._choose("training", _IMPLEMENTATIONS, limits, lib.current_backend(backend), [problem.x])
+
+
+def serves(problem: Problem) -> bool:
+    """Whether a fused kernel would train here, with the backend asked for."""
+    try:
+        return _backend(problem) != "reference"
+    except InputError:  # the one asked for does not take it
+        return False
 
 
 def train(
@@ -42,6 +69,7 @@ def train(
         problem: networks, data and objective (see ``kernels.training.reference``); its parameters change in place.
         adam: the optimiser's state, likewise.
         rates: learning rates. rises: what multiplies beta of an 'elbo', one an epoch.
+        backend: 'reference', 'cpu' or 'triton' (float32, small networks); by default the fastest that takes the problem.
 
     Returns:
         The objective's terms before each step, [epochs, R, terms], in nats a row.
@@ -52,6 +80,4 @@ def train(
     Source:
         Paper, Eqs 2 and 42-46; Kingma & Ba 2015.
     """
-    implementations = {"reference": reference.run, "cpu": native.train}
-    chosen = lib._choose("training", implementations, {}, lib.current_backend(backend), [problem.x])
-    return implementations[chosen](problem, adam, rates, rises)
+    return _IMPLEMENTATIONS[_backend(problem, backend)](problem, adam, rates, rises)

@@ -1,4 +1,4 @@
-"""Phases that a compiled kernel can run, many epochs a call: small networks of known layers, in full batch, in one process.
+"""Phases that a fused kernel can run, many epochs a call: small networks of known layers, in full batch, in one process.
 
 What is not recognised trains by torch's operators, with the same results to rounding.
 """
@@ -23,7 +23,7 @@ from libi_fast.training.batches import Batches
 from libi_fast.training.replicas import Replicas
 
 MOST_NUMBERS = 2**18  # of a layer: wider than that, matrix products over many threads win
-MOST_STEPS = 20_000  # of all replicas in a call: a second or so
+MOST_STEPS = {"cpu": 20_000, "cuda": 400_000}  # of all replicas in a call: a second or so
 
 
 class Objective(NamedTuple):
@@ -48,7 +48,7 @@ def problem_of(
     system = replicas.template
     model, x = system.model, batches.rows
     whole = batches.loader is None and batches.source is None and batches.batch_size is None
-    if not whole or not op.serves(x.device) or distributed.active() or system.autocast is not None:
+    if not whole or distributed.active() or system.autocast is not None:
         return None
     if type(model) is not LatentVariableModel or type(model.likelihood) not in (Gaussian, DiagonalGaussian, Bernoulli):
         return None
@@ -81,10 +81,11 @@ def problem_of(
         return None
     dataset = replicas.own["dataset"] if x.dim() == 3 else torch.zeros(replicas.count, dtype=torch.int64)
     draws = op.Draws(seed, replicas.own["ids"], 0, step, int(Stream.TRAINING), drawing("normal", ""))
-    return op.Problem(
+    problem = op.Problem(
         objective.name, x if x.dim() == 3 else x[None], dataset, encoder, decoder, model.likelihood.name, variance,
         model.latent_dim, weights, beta, closed, objective.samples, draws,
     )  # fmt: skip
+    return problem if op.serves(problem) else None
 
 
 def _same(values: Tensor) -> bool:
@@ -123,6 +124,7 @@ def adam_of(optimiser: torch.optim.Adam, parameters: Sequence[Tensor], usual: Te
     """The optimiser's state of these parameters, made where there is none yet."""
     for p in parameters:
         if not optimiser.state[p]:
-            optimiser.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[p] = {"step": p.new_zeros((), dtype=torch.float32), **moments}
     states = [optimiser.state[p] for p in parameters]
     return op.Adam([s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], usual, steps)

@@ -367,7 +367,8 @@ class _Progress:
         """Up to the next epoch after which something happens, by a kernel: the terms [epochs, R]."""
         run, first = self.run, self.epoch
         report = first if first % self.every == 0 else (first // self.every + 1) * self.every
-        ends = [self.schedule.epochs, report + 1, first + max(1, MOST_STEPS // max(1, run.replicas.count))]
+        most = MOST_STEPS[problem.x.device.type] // max(1, run.replicas.count)
+        ends = [self.schedule.epochs, report + 1, first + max(1, most)]
         ends += [rung for rung in self.rungs if rung > first]
         last = min([*ends, self.schedule.next_look(first)])
         assert self.phase.objective is not None
