@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where ours was wrong somewhere."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("what", nargs="*", help=f"any of: {', '.join(KNOWN)} (default: {' '.join(cpu.NAMES)})")
-    parser.add_argument("--sweep", action="store_true", help="instead, over N, S, L and D around W2 and W3")
+    parser.add_argument(
+        "--sweep", action="store_true", help="instead, over N, S, L and D around W2 and W3; with W8, over replicas"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run")
     parser.add_argument("--peers", nargs="+", help="only kinds whose names begin so: JAX, torch.compile ...")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of results (default: %(default)s)")
@@ -64,9 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [w for w in options.what if w not in KNOWN]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(KNOWN)}")
-    if options.sweep:
-        return sweep(options)
     chosen = dict.fromkeys(cpu.ALIASES.get(w, w) for w in options.what or cpu.NAMES)
+    if options.sweep:
+        if options.what not in ([], ["W8"], ["training"]):
+            parser.error("--sweep goes with nothing else, or with W8")
+        return sweep(options, "W8_replicas" if options.what else "sweep")
     measured = {}
     for name in chosen:
         if name in OTHERS:
@@ -87,12 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any("refused" in found for found in measured.values()))
 
 
-def sweep(options: argparse.Namespace) -> int:
-    found = cpu.sweep(options.quick, options.peers)
+def sweep(options: argparse.Namespace, name: str) -> int:
+    found = (cpu.sweep if name == "sweep" else cpu.sweep_replicas)(options.quick, options.peers)
     report.print_sweep(found)
     machine = report.machine()
-    print(f"-> {report.write('sweep', found, options.out)}")
-    print(f"-> {plots.sweep(found, plots.caption(machine, {machine['date']}), options.out / 'sweep.png')}")
+    print(f"-> {report.write(name, found, options.out)}")
+    print(f"-> {plots.sweep(found, plots.caption(machine, {machine['date']}), options.out / f'{name}.png')}")
     points = [p for factors in found.values() for points in factors.values() for p in points]
     return int(any("refused" in p for p in points))
 

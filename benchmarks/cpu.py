@@ -242,3 +242,16 @@ def sweep(quick: bool = False, peers: list[str] | None = None) -> dict[str, Any]
                     measured[w] = measure_case(case, kinds, rounds=3 if quick else 5, memory_of=None)
                 found.setdefault(name, {}).setdefault(factor, []).append({"value": value, **measured[w]})
     return found
+
+
+def sweep_replicas(quick: bool = False, peers: list[str] | None = None) -> dict[str, Any]:
+    """W8's epoch over the number of replicas: {"W8": {system: [a point's value, milliseconds of one epoch and so on]}}."""
+    found: dict[str, Any] = {}
+    for name in training.NAMES:
+        for replicas, epochs in ({1: 2, 2: 2} if quick else training.SWEPT).items():
+            case = training.case(name, replicas, 60 if quick else 500, epochs, few=True)
+            measured = measure_case(case, peers, rounds=3 if quick else 5, memory_of=None)
+            for entry in (measured["ours"], *measured["forms"].values()):
+                entry |= {k: v / epochs for k, v in entry.items() if k.endswith("ms")}
+            found.setdefault(name, []).append({"value": replicas, **measured})
+    return {"W8": found}

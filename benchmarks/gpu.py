@@ -1,7 +1,7 @@
 """``python -m benchmarks.gpu``: everything that needs a GPU, in one command that survives a time-out.
 
 Steps: install (offline, without build isolation), each file of tests/gpu, sanitize (compute-sanitizer on a small case of each
-kernel), then the workloads W1 to W7 against their peers. Each step runs in a process of its own and writes
+kernel), then the workloads W1 to W8 against their peers. Each step runs in a process of its own and writes
 ``benchmarks/results/<gpu>/<step>.json`` as it goes; a step that is complete, and was made from the same sources, is skipped.
 
 Exit code: 0 everything is there, 1 a step failed, 2 time ran out before the last step (call again), 3 there is no GPU.
@@ -42,7 +42,7 @@ def steps() -> list[Step]:
     pytest = ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider", *(("-n", "8") if find_spec("xdist") else ()))
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     tests = [Step(path.stem, (*pytest, path.relative_to(ROOT).as_posix()), 540) for path in files]
-    names = ("W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7")
+    names = ("W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7", "W8")
     workloads = [Step(name, (*here, name, "--json", "{out}", "{quick}"), 540) for name in names]
     return [
         Step("install", ("{python}", "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."), 240),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import libi_fast as lf
-from benchmarks import chains, henze_zirkler, smooth_knn, workloads
+from benchmarks import chains, henze_zirkler, smooth_knn, training, workloads
 from benchmarks.card import Card, copy_bandwidth, finish, interleaved, matmul_precision, matmul_rate, peak_memory, spent
 from benchmarks.cases import Case
 from benchmarks.gpu import FORMS_LIMIT, sanitizer, write
@@ -53,11 +53,8 @@ def run(step: str, path: Path, quick: bool) -> int:
     card = Card()
     result: dict[str, Any] = {"versions": versions(), "card": card.about()}
     keep = functools.partial(write, path)
-    if step == "W5":
-        measure_henze_zirkler(card, result, lambda: keep(result), quick)
-        return 0
-    if step == "W6":
-        measure_smooth_knn(card, result, lambda: keep(result), quick)
+    if step in ("W5", "W6", "W8"):
+        measure_cases(cases_on_gpu(step, quick), card, result, lambda: keep(result))
         return 0
     if step == "W7":
         measure_chains(card, result, lambda: keep(result), quick)
@@ -166,63 +163,47 @@ def measure_importance(w: Workload, card: Card, result: dict[str, Any], keep: Ca
     keep()
 
 
-# --- W5 ---
+# --- W5, W6 and W8 ---
 
 
-def measure_henze_zirkler(card: Card, result: dict[str, Any], keep: Callable[[], None], quick: bool) -> None:
+def cases_on_gpu(step: str, quick: bool) -> Iterator[tuple[str, Case, float]]:
+    """(name, case, cycles that its bound takes of a multiprocessor: 128 multiplications, 16 special functions a cycle)."""
+    if step == "W5":
+        for name, problem in (henze_zirkler.ON_GPU_QUICK if quick else henze_zirkler.ON_GPU).items():
+            method, *shape = problem
+            cycles = henze_zirkler.cycles_on_gpu(torch.empty(shape, device="cuda").normal_(), method)
+            yield name, henze_zirkler.case(name, *problem, device="cuda", backend="triton"), cycles
+    elif step == "W6":
+        repetitions = 100 if quick else smooth_knn.REPETITIONS
+        for k, case in zip(smooth_knn.KS, smooth_knn.cases(repetitions, "cuda"), strict=True):
+            counts = smooth_knn.counts(repetitions, 2 * smooth_knn.POINTS, k)
+            yield f"k={k}", case, max(counts["multiply-add"] / 128, (counts["exp2"] + counts["sqrt"]) / 16)
+    else:
+        yield from training.on_gpu(quick)
+
+
+def measure_cases(
+    tasks: Iterator[tuple[str, Case, float]], card: Card, result: dict[str, Any], keep: Callable[[], None]
+) -> None:
     result |= {"summary": [], "sizes": {}}
-    for name, problem in (henze_zirkler.ON_GPU_QUICK if quick else henze_zirkler.ON_GPU).items():
-        case = henze_zirkler.case(name, *problem, device="cuda", backend="triton")
+    for name, case, cycles in tasks:
         start = time.perf_counter()
-        values = case.ours()
-        finish(values)
+        finish(case.ours())
         found = result["sizes"][name] = {"size": case.size, "first call s": time.perf_counter() - start, "forms": {}}
-        found["error"] = case.error(values)
+        found["error"] = case.right()
         keep()
         if not found["error"]["allowed"]:
-            raise SystemExit(f"henze_zirkler is wrong on this GPU, {name}: {found['error']}")
+            raise SystemExit(f"{case.name} is wrong on this GPU: {found['error']}")
         entries = found["forms"]
         good = {f.name: f.run for f in case.forms() if tried(f, case, entries.setdefault(f.name, {}), keep)}
         times = found["interleaved"] = interleaved({"libi_fast": case.ours, **good})
         matmul_rate("ieee")  # so that the clock is that of work
         clock, processors = card.now()["sm MHz"], torch.cuda.get_device_properties(0).multi_processor_count
         ours, peer = times["libi_fast"], min(good, key=lambda form: times[form]["median ms"], default=None)
-        method, *shape = problem
-        cycles = henze_zirkler.cycles_on_gpu(torch.empty(shape, device="cuda").normal_(), method)
         result["summary"].append({
             "precision": name, "median ms": ours["median ms"], "peer": peer,
             "ratio": None if peer is None else times[peer]["median ms"] / ours["median ms"],
             "share of bound": None if clock is None else cycles / (processors * clock * 1e3) / ours["median ms"],
-            "peak bytes": peak_memory(case.ours),
-        })  # fmt: skip
-        found |= {"energy": spent(card, case.ours), "profile": profile(case.ours)}
-        keep()
-
-
-# --- W6 ---
-
-
-def measure_smooth_knn(card: Card, result: dict[str, Any], keep: Callable[[], None], quick: bool) -> None:
-    result |= {"summary": [], "sizes": {}}
-    repetitions = 100 if quick else smooth_knn.REPETITIONS
-    for k, case in zip(smooth_knn.KS, smooth_knn.cases(repetitions, "cuda"), strict=True):
-        found = result["sizes"][case.name] = {"size": case.size, "forms": {}, "error": case.right()}
-        keep()
-        if not found["error"]["allowed"]:
-            raise SystemExit(f"the smooth k-NN statistic is wrong on this GPU: {found['error']}")
-        entries = found["forms"]
-        good = {f.name: f.run for f in case.forms() if tried(f, case, entries.setdefault(f.name, {}), keep)}
-        times = found["interleaved"] = interleaved({"libi_fast": case.ours, **good})
-        matmul_rate("ieee")  # so that the clock is that of work
-        clock, processors = card.now()["sm MHz"], torch.cuda.get_device_properties(0).multi_processor_count
-        # A multiprocessor: 128 multiplications, 16 special functions a cycle.
-        counts = smooth_knn.counts(repetitions, 2 * smooth_knn.POINTS, k)
-        cycles = max(counts["multiply-add"] / 128, (counts["exp2"] + counts["sqrt"]) / 16) / processors
-        ours, peer = times["libi_fast"], min(good, key=lambda name: times[name]["median ms"], default=None)
-        result["summary"].append({
-            "precision": f"k={k}", "median ms": ours["median ms"], "peer": peer,
-            "ratio": None if peer is None else times[peer]["median ms"] / ours["median ms"],
-            "share of bound": None if clock is None else 1e3 * cycles / (clock * 1e6) / ours["median ms"],
             "peak bytes": peak_memory(case.ours),
         })  # fmt: skip
         found |= {"energy": spent(card, case.ours), "profile": profile(case.ours)}

@@ -26,6 +26,10 @@ from libi_fast.training.replicas import Replicas, make_system
 from libi_fast.training.start import whiten_codes
 
 REPLICAS = {1: 20, 50: 5, 320: 2}  # and epochs of a call
+SWEPT = {1: 20, 32: 6, 320: 2, 1600: 1}
+ON_GPU = {1: 200, 32: 200, 320: 50, 1600: 10}
+MOST_AT_ONCE = 320  # replicas whose pairs JAX is given together on a CPU: beyond, they would fill its memory
+NAMES = ("LinearJTEx", "Mobius")
 RATE = 0.01
 BEGUN = 400  # epochs before: at the start gradients fall by orders of magnitude in a step, and codes may turn over
 TOLERANCE = 2e-3  # of a term before the first step, relative to 1 + its size, as for W5
@@ -39,6 +43,19 @@ Result = tuple[Tensor, Tensor]
 class Task(NamedTuple):
     problem: op.Problem
     epochs: int
+
+    def on(self, device: str) -> Task:
+        p = self.problem
+
+        def moved(net: op.Network) -> op.Network:
+            diagonals = [None if d is None else d.to(device) for d in net.diagonals]
+            return net.with_parameters([t.to(device) for t in net.parameters])._replace(diagonals=diagonals)
+
+        draws = p.draws._replace(seed=p.draws.seed.to(device), replicas=p.draws.replicas.to(device))
+        tensors = {name: getattr(p, name).to(device) for name in ("x", "dataset", "variance", "weights")}
+        return self._replace(
+            problem=p._replace(**tensors, encoder=moved(p.encoder), decoder=moved(p.decoder), draws=draws)
+        )  # fmt: skip
 
     def copy(self, dtype: torch.dtype = torch.float32) -> op.Problem:
         p = self.problem
@@ -79,7 +96,7 @@ def task_of(name: str, replicas: int, rows: int, epochs: int) -> Task:
 
 def adam(problem: op.Problem) -> op.Adam:
     zeros = [[torch.zeros_like(p) for p in problem.parameters] for _ in range(2)]
-    return op.Adam(*zeros, torch.zeros(len(problem.dataset), dtype=problem.x.dtype), 0)
+    return op.Adam(*zeros, problem.x.new_zeros(len(problem.dataset)), 0)
 
 
 def flat(parameters: list[Tensor]) -> Tensor:
@@ -142,7 +159,7 @@ def by_jax(task: Task, mapped: bool) -> Callable[[], Any]:
     p = task.problem
     n, d, beta = p.x.shape[1], p.latent_dim, p.hz_beta
     b2 = beta * beta
-    x, variance = jnp.asarray(p.x[0].numpy()), jnp.asarray(p.variance.numpy())
+    x, variance = jnp.asarray(p.x[0].cpu().numpy()), jnp.asarray(p.variance.cpu().numpy())
     constant = float(p.variance.double().log().expand(p.x.shape[-1]).sum()) + p.x.shape[-1] * reference.importance.LOG_2PI
     functions = {"identity": lambda a: a, "relu": jax.nn.relu, "tanh": jnp.tanh}
 
@@ -151,7 +168,7 @@ def by_jax(task: Task, mapped: bool) -> Callable[[], Any]:
         for bias, diagonal, name in zip(of.biases, of.diagonals, of.activations, strict=True):
             w = left.pop(0)
             if diagonal is not None:
-                w = jnp.linalg.cholesky(w @ w.T + jnp.diag(jnp.asarray(diagonal.float().numpy())))
+                w = jnp.linalg.cholesky(w @ w.T + jnp.diag(jnp.asarray(diagonal.float().cpu().numpy())))
             h = h @ w.T
             h = functions[name](h if bias is None else h + left.pop(0))
         return h
@@ -200,7 +217,7 @@ def by_jax(task: Task, mapped: bool) -> Callable[[], Any]:
         )  # fmt: skip
         return (parameters, means, squares, usual), terms
 
-    start = [jnp.asarray(t.numpy()) for t in p.parameters]
+    start = [jnp.asarray(t.cpu().numpy()) for t in p.parameters]
 
     @jax.jit
     def program(parameters: list[Any]) -> Any:
@@ -213,11 +230,14 @@ def by_jax(task: Task, mapped: bool) -> Callable[[], Any]:
     return lambda: program(start)
 
 
-def peers(task: Task) -> Iterator[Form]:
+def peers(task: Task, few: bool) -> Iterator[Form]:
+    """``few``: of torch's pairs by products alone."""
     replicas, rows = len(task.problem.dataset), task.problem.x.shape[1]
     compiled = torch.compile(all_but_pairs, dynamic=False)
     for name, sums in henze_zirkler.pair_forms(replicas, rows).items():
         kind, variant = name.split(", ", 1)
+        if few and "products" not in variant:
+            continue
         rest = compiled if kind == "torch.compile" else all_but_pairs
 
         def run(sums: Any = sums, rest: Any = rest) -> Result:
@@ -225,7 +245,8 @@ def peers(task: Task) -> Iterator[Form]:
 
         yield Form(f"{kind}, pairs by {variant}", "ieee", run, run)
     if importlib.util.find_spec("jax") is not None:
-        for mapped in (False, True) if replicas > 1 else (False,):
+        together = task.problem.x.is_cuda or replicas <= MOST_AT_ONCE
+        for mapped in [*([False] if together else []), *([True] if replicas > 1 else [])]:
             run = by_jax(task, mapped)
             yield Form(f"JAX, {'one after another' if mapped else 'all replicas'}", "ieee", run, run)
 
@@ -245,8 +266,8 @@ def compared(found: tuple[Any, ...], truth: Result, epochs: int) -> dict[str, An
     }  # fmt: skip
 
 
-def case(name: str, replicas: int, rows: int, epochs: int) -> Case:
-    task = task_of(name, replicas, rows, epochs)
+def case(name: str, replicas: int, rows: int, epochs: int, device: str = "cpu", few: bool = False) -> Case:
+    task, backend = task_of(name, replicas, rows, epochs).on(device), "cpu" if device == "cpu" else "triton"
     kept: list[Result] = []
 
     def error(found: tuple[Any, ...]) -> dict[str, Any]:
@@ -256,14 +277,22 @@ def case(name: str, replicas: int, rows: int, epochs: int) -> Case:
 
     return Case(
         f"W8, {name}, R = {replicas}", f"{replicas} x {rows} points, {epochs} epochs of step 1 with Adam",
-        lambda: ours(task, "cpu"), lambda: error(ours(task, "cpu")), lambda: error(ours(task, "reference")), error, (),
-        lambda: peers(task), None, lambda: peak.bound(counts(task)),
+        lambda: ours(task, backend), lambda: error(ours(task, backend)), lambda: error(ours(task, "reference")), error, (),
+        lambda: peers(task, few), None, lambda: peak.bound(counts(task)),
     )  # fmt: skip
 
 
 def cases(quick: bool = False) -> list[Case]:
     sizes = {2: 2} if quick else REPLICAS
-    return [case(name, r, 60 if quick else 500, e) for name in ("LinearJTEx", "Mobius") for r, e in sizes.items()]
+    return [case(name, r, 60 if quick else 500, e) for name in NAMES for r, e in sizes.items()]
+
+
+def on_gpu(quick: bool) -> Iterator[tuple[str, Case, float]]:
+    """(name, case, cycles that a multiprocessor takes at least: 16 exponentials each)."""
+    rows = 60 if quick else 500
+    for name in NAMES:
+        for r, e in ({2: 2} if quick else ON_GPU).items():
+            yield f"{name} {r}", case(name, r, rows, e, "cuda", few=r > 32), r * e * rows * rows / 16
 
 
 def counts(task: Task) -> dict[str, float]:

@@ -254,9 +254,9 @@ private:
             if (error != kOk) return error;
             const double each = share / static_cast<double>(call_.samples);
             for (int64_t s = 0; s < call_.samples; ++s) {
-                for (int64_t i = 0; i < n; ++i)
+                for (int64_t i = 0; i < encoder_.panels * kPanel<T>; ++i)  // past the last row 0, or what stood there would grow
                     for (int64_t l = 0; l < latents; ++l)
-                        at(z_, l, i) = noise_[(i * call_.samples + s) * latents + l];
+                        at(z_, l, i) = i < n ? noise_[(i * call_.samples + s) * latents + l] : 0;
                 over(latents, [&](int64_t l, int64_t row) {
                     T* const z = &at(z_, l, row);
                     store<T>(z, multiply_add(exp_of<T>(load<T>(&at(q, latents + l, row))), load<T>(z), load<T>(&at(q, l, row))));
@@ -356,9 +356,10 @@ bool sensible(const Network& net, int64_t replicas, int64_t rows) {
     if (net.layers < 1) return false;
     for (int64_t i = 0; i < net.layers; ++i) {
         const int64_t in = net.widths[i], out = net.widths[i + 1];
-        if (in < 1 || out < 1 || net.activations[i] < 0 || net.activations[i] > kSigmoidCubeRoot) return false;
+        if (!fits(1, in, out) || in < 1 || out < 1) return false;
+        if (net.activations[i] < 0 || net.activations[i] > kSigmoidCubeRoot) return false;
         if (net.diagonals[i] != nullptr && (in != out || net.biases[i] != nullptr)) return false;
-        if (!fits(64, replicas, in + 1, out + 1) || !fits(64, rows + kTileSamples, in + out + 2)) return false;
+        if (!fits(256, replicas, in, out) || !fits(256, rows, in, out) || !fits(256, kTileSamples, in, out)) return false;
     }
     return true;
 }
@@ -368,10 +369,11 @@ int run(const Training& call) {
     const int64_t latents = call.latents, outputs = call.encoder.layers < 1 ? 0 : call.encoder.widths[call.encoder.layers];
     if (call.replicas < 0 || call.rows < 1 || call.columns < 1 || latents < 1 || call.epochs < 0 || call.steps < 0) return kBadSize;
     if (!sensible(call.encoder, call.replicas, call.rows) || !sensible(call.decoder, call.replicas, call.rows)) return kBadSize;
-    if (call.encoder.widths[0] != call.columns || outputs < (call.objective == kElbo ? 2 : 1) * latents) return kBadSize;
     if (call.decoder.widths[0] != latents || call.decoder.widths[call.decoder.layers] != call.columns) return kBadSize;
+    if (call.encoder.widths[0] != call.columns || outputs < (call.objective == kElbo ? 2 : 1) * latents) return kBadSize;
     if (call.variances != 0 && call.variances != 1 && call.variances != call.columns) return kBadSize;
     if (call.objective < kReconstruction || call.objective > kElbo) return kBadSize;
+    if (call.objective == kReconstruction && call.encoder.trained) return kBadSize;  // its codes are held
     if (call.closed && (call.decoder.layers != 1 || call.decoder.activations[0] != kIdentity || call.variances == 0)) return kBadSize;
     if (call.objective == kElbo && !call.closed && call.samples < 1) return kBadSize;
     if (!fits(8, call.rows, latents, call.samples < 1 ? 1 : call.samples) || !fits(8, call.epochs, call.replicas, kTerms)) return kBadSize;

@@ -75,9 +75,12 @@ def train(
         The objective's terms before each step, [epochs, R, terms], in nats a row.
 
     Raises:
-        InputError: a backend that does not serve; ValueError: tensors whose shapes, dtypes or strides do not fit.
+        InputError: a backend that does not serve; 'reconstruction' with an encoder that is to be trained.
+        ValueError: tensors whose shapes, dtypes or strides do not fit.
 
     Source:
         Paper, Eqs 2 and 42-46; Kingma & Ba 2015.
     """
+    if problem.objective == "reconstruction" and problem.encoder.trained:
+        raise InputError("'reconstruction' holds the codes: its encoder is not trained")
     return _IMPLEMENTATIONS[_backend(problem, backend)](problem, adam, rates, rises)

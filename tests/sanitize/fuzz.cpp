@@ -630,6 +630,122 @@ void annealing(Case& c) {
     if (kernel(&part) == kOk) expect_same<T>("annealing in two parts ends elsewhere", z, end, in_all * latents);
 }
 
+// A network's parameters and Adam's moments; all but those that are trained stay as they are.
+template <class T>
+class Trained {
+public:
+    Trained(Case& c, int64_t replicas, std::vector<int64_t> widths, bool plain) : widths_(std::move(widths)) {
+        const size_t layers = widths_.size() - 1;
+        net.layers = static_cast<int64_t>(layers), net.trained = !c.one_in(4);
+        for (auto* const each : {&weights_, &means_, &squares_, &biases_, &bias_means_, &bias_squares_}) each->resize(layers);
+        activations_.resize(layers), diagonals_.resize(layers);
+        for (size_t i = 0; i < layers; ++i) {
+            const int64_t in = widths_[i], out = widths_[i + 1];
+            activations_[i] = plain ? 0 : c.up_to(10);
+            const bool joint = in == out && c.one_in(2);
+            if (joint) {
+                double* const b = c.array<double>(in);
+                for (int64_t j = 0; j < in; ++j) b[j] = c.one_of({0.006, 1.0, 0.0, -1.0});
+                diagonals_[i] = b;
+            }
+            add(c, replicas * in * out, weights_[i], means_[i], squares_[i]);
+            if (!joint && c.one_in(2)) add(c, replicas * out, biases_[i], bias_means_[i], bias_squares_[i]);
+        }
+        net.widths = widths_.data(), net.activations = activations_.data(), net.diagonals = diagonals_.data();
+        net.weights = weights_.data(), net.weight_means = means_.data(), net.weight_squares = squares_.data();
+        net.biases = biases_.data(), net.bias_means = bias_means_.data(), net.bias_squares = bias_squares_.data();
+    }
+    Trained(const Trained&) = delete;
+
+    void begin() const {
+        for (const Start& one : starts_) std::memcpy(one.at, one.from, static_cast<size_t>(one.count) * sizeof(T));
+    }
+
+    Network net{};
+
+private:
+    struct Start {
+        T* at;
+        const T* from;
+        int64_t count;
+    };
+    void add(Case& c, int64_t count, void*& values, void*& means, void*& squares) {
+        for (void** const each : {&values, &means, &squares}) {
+            if (each != &values && !net.trained) continue;
+            T* const at = c.result<T>(count);
+            starts_.push_back({at, c.values<T>(count), count});
+            *each = at;
+        }
+    }
+
+    std::vector<int64_t> widths_, activations_;
+    std::vector<const double*> diagonals_;
+    std::vector<void*> weights_, means_, squares_, biases_, bias_means_, bias_squares_;
+    std::vector<Start> starts_;
+};
+
+// A call that goes on where another ended ends where one would.
+template <class T>
+void training(Case& c) {
+    Training call{};
+    call.replicas = c.size(4), call.rows = 1 + c.size(c.one_in(4) ? 200 : 40), call.columns = 1 + c.size(6);
+    call.latents = 1 + c.size(4), call.objective = c.up_to(2), call.samples = 1 + c.size(3), call.epochs = c.size(3);
+    const bool elbo = call.objective == 2;
+    call.variances = c.one_of<int64_t>({0, 1, call.columns});
+    call.closed = elbo && call.variances > 0 && c.one_in(2);
+    const auto widths = [&](int64_t first, int64_t last, bool one) {
+        std::vector<int64_t> found{first};
+        for (int64_t more = one ? 0 : c.up_to(2); more > 0; --more) found.push_back(c.one_in(3) ? found.back() : 1 + c.size(40));
+        found.push_back(last);
+        return found;
+    };
+    Trained<T> encoder(c, call.replicas, widths(call.columns, (elbo ? 2 : 1) * call.latents + c.up_to(1), false), false);
+    Trained<T> decoder(c, call.replicas, widths(call.latents, call.columns, call.closed != 0), call.closed != 0);
+    const int64_t sets = 1 + c.size(2), words = int64_t{1} << 32;
+    call.x = c.values<T>(sets * call.rows * call.columns), call.variance = c.values<T>(call.variances);
+    int64_t *const set = c.array<int64_t>(call.replicas), *const ids = c.array<int64_t>(call.replicas);
+    for (int64_t r = 0; r < call.replicas; ++r) set[r] = c.up_to(sets - 1), ids[r] = c.one_of<int64_t>({0, 7, (1 << 24) - 1});
+    call.set = set, call.replica_ids = ids;
+    double* const weights = c.array<double>(3 * call.replicas);
+    for (int64_t i = 0; i < 3 * call.replicas; ++i) weights[i] = c.one_of({1.0, 0.2, 0.0, 1e300, kNaN});
+    double *const rates = c.array<double>(call.epochs), *const rises = c.array<double>(call.epochs);
+    for (int64_t e = 0; e < call.epochs; ++e) rates[e] = c.one_of({0.01, 0.0, 1e30}), rises[e] = c.one_of({1.0, 0.0, 0.5});
+    call.weights = weights, call.rates = rates, call.rises = rises, call.hz_beta = c.one_of({1.3, 1e-3, 30.0});
+    call.seed = static_cast<uint64_t>(c.up_to(std::numeric_limits<int64_t>::max()));
+    call.repetition = c.one_of<int64_t>({0, 1, words - call.epochs}), call.stream = c.one_of<int64_t>({0, 3, 255});
+    call.steps = c.one_of<int64_t>({0, 1, 1000}), call.epsilon = 1e-8;
+    const int64_t replicas = call.replicas;
+    T *const usual = c.result<T>(replicas), *const before = c.values<T>(replicas);
+    T* const terms = c.result<T>(call.epochs * call.replicas * 4);
+    call.usual = usual, call.terms = terms;
+    call.encoder = encoder.net, call.decoder = decoder.net;
+    if (call.objective == 0 && call.encoder.trained) c.must_fail();
+    if (c.one_in(10)) {
+        const int64_t bad = c.one_of<int64_t>({-1, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max()});
+        if (c.one_in(3)) *c.one_of({&call.objective, &call.variances, &call.steps}) = c.one_of<int64_t>({-1, -(words << 8)});
+        else if (c.one_in(3)) *c.one_of({&call.encoder.layers, &call.decoder.layers}) = 0;
+        else *c.one_of({&call.replicas, &call.rows, &call.columns, &call.latents, &call.epochs}) = bad;
+        c.must_fail();
+    }
+    const auto kernel = of_type<T>(c.kernels.training_f32, c.kernels.training_f64);
+    const auto run = [&](Training& with, int threads) {
+        encoder.begin(), decoder.begin();
+        std::memcpy(usual, before, static_cast<size_t>(replicas) * sizeof(T));
+        with.threads = threads;
+        return kernel(&with);
+    };
+    if (!c.run([&](int threads) { return run(call, threads); }) || call.epochs < 2) return;
+    T* const ended = c.array<T>(4 * replicas);
+    const T* const last = terms + (call.epochs - 1) * replicas * 4;
+    std::memcpy(ended, last, static_cast<size_t>(4 * replicas) * sizeof(T));
+    Training part = call;
+    part.epochs = 1;
+    if (run(part, 1) != kOk) return;  // memory was refused
+    part.epochs = call.epochs - 1, part.rates += 1, part.rises += 1, part.steps += 1, part.repetition += 1;
+    part.terms = terms + replicas * 4;
+    if (kernel(&part) == kOk) expect_same<T>("training in two parts ends elsewhere", ended, last, 4 * replicas);
+}
+
 struct Entry {
     const char* name;
     void (*run)(Case&);
@@ -640,7 +756,7 @@ const Entry kCases[] = {
     {"philox_words", philox_words}, LIBI_BOTH(philox_uniform),      LIBI_BOTH(philox_normal), LIBI_BOTH(log_mean_exp),
     LIBI_BOTH(log_mean_exp_backward), LIBI_BOTH(henze_zirkler), LIBI_BOTH(henze_zirkler_characteristic),
     LIBI_BOTH(smooth_knn), LIBI_BOTH(importance), LIBI_BOTH(resampling), LIBI_BOTH(chains),
-    LIBI_BOTH(annealing),
+    LIBI_BOTH(annealing), LIBI_BOTH(training),
 };
 
 int64_t option(int count, char** arguments, const char* name, int64_t otherwise) {
