@@ -205,6 +205,7 @@ GRID = {  # one factor at a time, around W2 and W3
 }
 QUICK_GRID = {"W2": {"S": (50, 100), "D": (2, 16)}, "W3": {"N": (1, 2)}}
 SWEPT = ("JAX", "torch.compile")  # the two kinds that are fastest at the centre; JAX by coordinate where the decoder is narrow
+SWEPT_W8 = ["JAX", "torch eager"]  # torch.compile lies near torch eager (W8.json), and takes minutes where 1600 are compiled
 LINES = {"W2": (25_000, 100_000, 500_000), "W3": (500, 1000, 5000)}  # samples of a chunk
 
 
@@ -250,7 +251,7 @@ def sweep_replicas(quick: bool = False, peers: list[str] | None = None) -> dict[
     for name in training.NAMES:
         for replicas, epochs in ({1: 2, 2: 2} if quick else training.SWEPT).items():
             case = training.case(name, replicas, 60 if quick else 500, epochs, few=True)
-            measured = measure_case(case, peers, rounds=3 if quick else 5, memory_of=None)
+            measured = measure_case(case, peers or SWEPT_W8, rounds=3 if quick else 5, memory_of=None)
             for entry in (measured["ours"], *measured["forms"].values()):
                 entry |= {k: v / epochs for k, v in entry.items() if k.endswith("ms")}
             found.setdefault(name, []).append({"value": replicas, **measured})

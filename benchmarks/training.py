@@ -31,6 +31,7 @@ ON_GPU = {1: 200, 32: 200, 320: 50, 1600: 10}
 MOST_AT_ONCE = 320  # replicas whose pairs JAX is given together on a CPU: beyond, they would fill its memory
 NAMES = ("LinearJTEx", "Mobius")
 RATE = 0.01
+SPARE = 100  # of so many replicas one more is begun
 BEGUN = 400  # epochs before: at the start gradients fall by orders of magnitude in a step, and codes may turn over
 TOLERANCE = 2e-3  # of a term before the first step, relative to 1 + its size, as for W5
 MOVED = (
@@ -67,7 +68,8 @@ def task_of(name: str, replicas: int, rows: int, epochs: int) -> Task:
     """Restarts of a system of the paper, begun as LiBI begins them."""
     data = lf.data.load(name, seed=0)
     model, inference = data.model(), data.inference()
-    stacked = Replicas([make_system(model, inference, None, seed, fresh=True) for seed in range(replicas)])
+    begun_with = replicas + replicas // SPARE
+    stacked = Replicas([make_system(model, inference, None, seed, fresh=True) for seed in range(begun_with)])
     whiten_codes(stacked, "inference.", data.train)
     values = {k: v.detach().clone() for k, v in stacked.parameters.items()}
     if name == "LinearJTEx":
@@ -83,15 +85,30 @@ def task_of(name: str, replicas: int, rows: int, epochs: int) -> Task:
 
         encoder, decoder = layers("inference.network", "relu"), layers("model.decoder", "tanh")
     x = data.train[:rows]
-    draws = op.Draws(torch.tensor(0), torch.arange(replicas), 0, 0, 0, drawing("normal"))
-    weights = torch.tensor([1.0, 0.2, 0.2], dtype=torch.float64).expand(replicas, 3)
+    draws = op.Draws(torch.tensor(0), torch.arange(begun_with), 0, 0, 0, drawing("normal"))
+    weights = torch.tensor([1.0, 0.2, 0.2], dtype=torch.float64).expand(begun_with, 3)
     problem = op.Problem(
-        "joint", x[None], torch.zeros(replicas, dtype=torch.int64), encoder, decoder, "gaussian",
+        "joint", x[None], torch.zeros(begun_with, dtype=torch.int64), encoder, decoder, "gaussian",
         model.likelihood.variance.detach(), model.latent_dim, weights, statistic.default_beta(rows, 2), False, 1, draws,
     )  # fmt: skip
     begun = Task(problem, epochs).copy()
     op.train(begun, adam(begun), [RATE] * BEGUN, [1.0] * BEGUN)
-    return Task(begun, epochs)
+    return Task(regular(begun, replicas), epochs)
+
+
+def regular(problem: op.Problem, count: int) -> op.Problem:
+    """``count`` replicas whose codes have a covariance of full rank in float32, too: the statistic of others is 4 n there."""
+    codes = problem.encoder(problem.x[problem.dataset])[..., : problem.latent_dim]
+    kept = (~statistic.whiten(codes)[2]).nonzero().flatten()[:count]
+    assert len(kept) == count
+
+    def chosen(net: op.Network) -> op.Network:
+        return net.with_parameters([t[kept].contiguous() for t in net.parameters])
+
+    return problem._replace(
+        dataset=problem.dataset[kept], encoder=chosen(problem.encoder), decoder=chosen(problem.decoder),
+        weights=problem.weights[kept], draws=problem.draws._replace(replicas=problem.draws.replicas[kept]),
+    )  # fmt: skip
 
 
 def adam(problem: op.Problem) -> op.Adam:
