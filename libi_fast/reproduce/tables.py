@@ -1,0 +1,157 @@
+"""Table 1 beside the paper's, for the terminal and for HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from libi_fast.reproduce.pieces import OWN, SELECTIONS, TRUTH
+from libi_fast.reproduce.protocol import METHODS
+from libi_fast.reproduce.published import LABELS, LOG_LIKELIHOOD, SMOOTH_KNN, TABLE1
+
+
+class Mean(NamedTuple):
+    """Of a number a data set: mean, standard deviation over the data sets (divisor n - 1), standard error of the mean."""
+
+    mean: float
+    deviation: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{number(self.mean)} +- {number(self.error, digits=2)}" if math.isfinite(self.error) else number(self.mean)
+
+
+class Table(NamedTuple):
+    """title, header, rows of text as wide as the header, and what is to be known to read it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    caption: str
+
+
+def mean_of(values: Sequence[float | None]) -> Mean | None:
+    """None where there is no number."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    n = len(known)
+    mean = math.fsum(known) / n
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (n - 1)) if n > 1 else math.nan
+    return Mean(mean, deviation, deviation / math.sqrt(n))
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Three decimals, four where it is small, none where it is large."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    return f"{value:.0f}" if size >= 1000 else f"{value:.{1 if size >= 100 else digits if size >= 0.01 or not size else 4}f}"
+
+
+def shown(value: Mean | None) -> str:
+    return "" if value is None else str(value)
+
+
+def cell(result: Mapping[str, Any], selection: str, get: Callable[[Mapping[str, Any]], float | None]) -> Mean | None:
+    """Over the data sets of a piece's result."""
+    return mean_of([get(one) for one in result["selections"][selection]["sets"]])
+
+
+Results = Mapping[str, Mapping[str, Any]]
+"""{method: a piece's result}, and under TRUTH the ground truth's, of one data set."""
+
+COLUMNS: dict[str, str] = {
+    "LL, exact": "exact",
+    "minus the truth's": "minus truth",
+    "minus max. likelihood": "minus maximum likelihood",
+    "LL, importance-sampled": "importance-sampled",
+    "IS minus exact": "importance-sampled minus exact",
+    "S-kNN": "smooth k-NN",
+    "energy distance": "energy distance",
+}
+
+
+def table1(dataset: str, results: Results, selection: str = OWN) -> Table:
+    """One data set's half of the paper's Table 1 beside ours."""
+    truth = results[TRUTH]["sets"]
+    header = ["", "paper: LL", "paper: S-kNN", *COLUMNS]
+    rows = []
+    for method in METHODS:
+        if method not in results:
+            continue
+        printed = TABLE1.get((method, dataset))
+        theirs = (
+            [f"{p.mean:.2f} +- {p.spread:.2f}" for p in map(printed.get, (LOG_LIKELIHOOD, SMOOTH_KNN)) if p]
+            if printed
+            else ["", ""]
+        )
+        ours = [shown(cell(results[method], selection, lambda one, key=key: one[key])) for key in COLUMNS.values()]
+        rows.append([LABELS[method], *theirs, *ours])
+    of_truth = {
+        "exact": "log-likelihood", "smooth k-NN": "smooth k-NN", "energy distance": "energy distance",
+    }  # fmt: skip
+    rows.append(["ground truth", "", "", *(
+        shown(mean_of([one[of_truth[key]] for one in truth])) if key in of_truth else "" for key in COLUMNS.values()
+    )])  # fmt: skip
+    best = [one["log-likelihood of maximum likelihood"] for one in truth]
+    if any(b is not None for b in best):
+        gap = mean_of([b - one["log-likelihood"] for b, one in zip(best, truth, strict=True)])
+        rows.append(["maximum likelihood", "", "", shown(mean_of(best)), shown(gap), *[""] * (len(COLUMNS) - 2)])
+    how = f"restarts and settings chosen by the {selection} on validation rows"
+    return Table(f"{dataset}: {how}", header, rows, CAPTION)
+
+
+CAPTION = (
+    "Test rows, nats a row; ours mean +- standard error over the data sets, the paper's mean +- its printed spread. "
+    "S-kNN: of p(x) and the model (of p(x) and p(x) in the truth's row)."
+)
+
+CODES = {
+    "Henze-Zirkler": ("henze_zirkler", "henze_zirkler_95"),
+    "||mean||^2": ("mean_norm2", "mean_norm2_95"),
+    "||Cov - I||^2": ("covariance_error", "covariance_error_95"),
+    "energy distance to the prior": ("energy_distance", "energy_distance_95"),
+}
+
+
+def codes(dataset: str, results: Results, selection: str = OWN) -> Table:
+    """How q's aggregated posterior differs from the prior, beside what 95% of samples of the prior stay below."""
+    rows, limits = [], [""] * len(CODES)
+    for method in METHODS:
+        if method in results:
+            row = [LABELS[method]]
+            for i, (value, limit) in enumerate(CODES.values()):
+                row.append(shown(cell(results[method], selection, lambda one, v=value: one["codes"][v])))
+                limits[i] = number(results[method]["selections"][selection]["sets"][0]["codes"][limit])
+            reliable = cell(results[method], selection, lambda one: one["rows with Pareto k below 0.7"])
+            rows.append([*row, "" if reliable is None else f"{reliable.mean:.0%}"])
+    rows.append(["95% of samples of the prior stay below", *limits, ""])
+    return Table(f"{dataset}: codes", ["", *CODES, "rows with Pareto k < 0.7"], rows, "One draw of q(z | x) a test row.")
+
+
+def times(results: Mapping[str, Results]) -> Table:
+    """Seconds, and the settings that were chosen."""
+    rows = []
+    for dataset, of_methods in results.items():
+        for method, result in of_methods.items():
+            if method == TRUTH:
+                rows.append([dataset, "ground truth", "", "", "", f"{result['seconds']:.0f}"])
+                continue
+            identity, seconds = result["identity"], result["seconds"]
+            training = ", ".join(f"{k} {v}" for k, v in identity["training"].items())
+            chosen = result["selections"][OWN]["settings"]
+            settings = ", ".join(f"{k} {v}" for k, v in chosen.items())
+            count = str(len(identity["grid"]))
+            rows.append(
+                [dataset, LABELS[method], settings, count, training, f"{seconds['training']:.0f} + {seconds['measuring']:.0f}"]
+            )
+    header = ["data set", "method", "setting chosen", "of", "training", "seconds: training + measuring"]
+    return Table("Settings and times", header, rows, "")
+
+
+def all_tables(results: Mapping[str, Results]) -> list[Table]:
+    """Of every data set: Table 1 by either selection, and the codes."""
+    tables = [table1(dataset, of, selection) for selection in SELECTIONS for dataset, of in results.items()]
+    return [*tables, *(codes(dataset, of) for dataset, of in results.items())]
