@@ -40,6 +40,7 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str], protocol: Protocol, device: str = "cpu"):
         self.path, self.protocol, self.device = Path(path) / protocol.name, protocol, device
+        self.made: dict[str, Any] = {}  # what several figures need
 
     def file(self, name: str, ending: str) -> Path:
         return self.path / f"{name}.{ending}"

@@ -55,7 +55,9 @@ class LiBI(Method):
             'importance', log (1/S) sum_s p(x_n, z_s) / q(z_s | x_n) over q as well, the constraints on a draw of q each row;
             'quadrature', log p(x_n) itself, integrated around z_n (latent_dim 1 or 2), while h follows the modes of
             p(z_n | x_n). Its optimum's codes have the prior's law, so hz_weight and the tolerances play no part in it.
-            The last two begin, in the first repeat, with half of step 1's epochs of 'joint'.
+            The last two begin, in the first repeat, with 'joint'.
+        likelihood_share: of the first step 1's epochs, those of 'importance' or 'quadrature', an epoch of which takes a hundred
+            times as long. finalists: restarts that go on to them, the best by what they maximise; None lets all go on.
         step2: what step 2 maximises: 'elbo', as published; 'importance', the importance-weighted bound; 'posterior',
             log q(z | x) at draws from p(z | x), of which q then covers all; 'elbo+posterior', half the epochs each.
         sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step; 'sir' or 'hmc', draws
@@ -81,7 +83,8 @@ class LiBI(Method):
     def __init__(
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
-        candidates: int = 4, initial_std: float | None = None, step1: str = "joint", step2: str = "elbo",
+        candidates: int = 4, initial_std: float | None = None, step1: str = "joint", likelihood_share: float = 0.5,
+        finalists: int | None = None, step2: str = "elbo",
         sampler: str = SAMPLER, num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
         hz_beta: float | None = None,
     ):  # fmt: skip
@@ -102,6 +105,10 @@ class LiBI(Method):
             if choice not in known:
                 raise InputError(f"{label} must be one of {', '.join(map(repr, known))}, got {choice!r}")
         check_objective("step2", step2, sampler)
+        if not 0 < likelihood_share < 1:
+            raise InputError(f"likelihood_share must lie between 0 and 1, got {likelihood_share}")
+        if finalists is not None:
+            lib.check_count("finalists", finalists, 1)
         if isinstance(constraints, Constraint):
             raise TypeError("constraints must be a list of lf.Constraint objects, got one of them")
         for constraint in constraints:
@@ -114,7 +121,8 @@ class LiBI(Method):
         super().__init__(
             model, inference, encoder, hz_weight=hz_weight, covariance_tolerance=covariance_tolerance,
             mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up,
-            candidates=candidates, initial_std=initial_std, step1=step1, step2=step2, sampler=sampler, num_samples=num_samples,
+            candidates=candidates, initial_std=initial_std, step1=step1, likelihood_share=likelihood_share, finalists=finalists,
+            step2=step2, sampler=sampler, num_samples=num_samples,
             constraints=tuple(constraints), hz_method=hz_method, hz_beta=hz_beta,
         )  # fmt: skip
         for label, choice in (("step1", step1), ("step2", step2)):
@@ -246,10 +254,14 @@ class LiBI(Method):
             epochs -= warm_up
         if s["step1"] == "joint":
             return [*stages, phase("step 1", epochs, halving=True)]
-        stages += [phase("step 1, joint", epochs // 2, halving=True)]
+        joint = int(epochs * (1 - s["likelihood_share"]))
+        stages += [phase("step 1, joint", joint, halving=True)]
         if s["step1"] == "importance":
             stages += [self._start_std()]
-        return [*stages, phase("step 1", epochs - epochs // 2, s["step1"])]
+        if (count := s["finalists"]) is not None:
+            stages += [phase("finalists", 0, s["step1"])]  # no epochs: held-out rows alone
+            stages += [lambda run: run.keep(run.best_of(run.objective, run.restarts, min(count, run.restarts)))]
+        return [*stages, phase("step 1", epochs - joint, s["step1"])]
 
     # --- step 2 ---
 
