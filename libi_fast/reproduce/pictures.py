@@ -16,7 +16,7 @@ from libi_fast.data.synthetic import SyntheticDataset
 from libi_fast.figures import LEARNED_COLOUR, TRUE_COLOUR
 from libi_fast.models.linear_gaussian import exact_posterior, is_linear_gaussian
 from libi_fast.ops.random import Stream, philox_normal
-from libi_fast.reproduce import closed_forms, references
+from libi_fast.reproduce import closed_forms, published, references
 from libi_fast.reproduce.pieces import OWN, Folder, result_of, trained
 from libi_fast.reproduce.published import LABELS
 from libi_fast.training.inference import fit_inference
@@ -59,7 +59,7 @@ def posterior_means(model: lf.LatentVariableModel, x: Tensor) -> Tensor:
         return exact_posterior(model, x)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lf.ParetoWarning)  # a mean is drawn as a point
-        proposal = lf.Defensive(lf.laplace_mixture(model, x).inflated(references.INFLATION))
+        proposal = lf.Defensive(lf.laplace_mixture(model, x).inflated(published.INFLATION))
         return lf.sample_posterior(model, x, DRAWS, "sir", proposal=proposal, seed=0).mean
 
 
@@ -139,6 +139,8 @@ def figure1(folder: Folder) -> Figure:
         b = grids["b"] * 1000
         image = axis.pcolormesh(b, b, grids[name].T, cmap="cividis", shading="nearest")
         figure.colorbar(image, ax=axis, shrink=0.9)
+        lines = axis.contour(b, b, grids[name].T, levels=LINES[name], colors="white", linewidths=1.0)
+        axis.clabel(lines, fmt="%g", fontsize=8.5)
         axis.plot(
             [6], [6], marker="*", color="white", markeredgecolor="black", markersize=13, linestyle="none", label="true $B$"
         )
@@ -165,7 +167,7 @@ def figure1(folder: Folder) -> Figure:
         limits = [max(abs(v) for axis in row for v in get(axis)) for get in (_x_limits, _y_limits)]
         for axis in row:
             axis.set(xlim=(-limits[0], limits[0]), ylim=(-limits[1], limits[1]))
-        row[1].legend(loc="upper left", fontsize=9.5)
+        row[1].legend(loc="upper center", bbox_to_anchor=(-0.15, -0.16), ncols=2, fontsize=9.5, frameon=False)
     return figure
 
 
@@ -177,6 +179,7 @@ def _y_limits(axis: Axes) -> tuple[float, float]:
     return axis.get_ylim()
 
 
+LINES = {"gap": (0.1, 0.2, 0.4, 0.8, 1.6), "information": (5.0, 5.5, 6.0, 6.5, 7.0)}
 PAIR = (TRUE_COLOUR, LEARNED_COLOUR)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
@@ -24,7 +25,10 @@ from libi_fast.training.inference import (
     check_batches,
     check_mean_field,
     check_objective,
+    forget,
     inference_stages,
+    keep_modes,
+    places_of,
 )
 from libi_fast.training.method import Method, elbo_at_start, fit_decoder
 from libi_fast.training.objectives import importance_terms
@@ -34,6 +38,7 @@ from libi_fast.training.start import copy_encoder, mirror_codes, start_std, use_
 
 STEP1_SHARE = 2 / 3  # of a repeat's epochs
 STEP1 = ("joint", "importance", "quadrature")
+MODES, HELD_OUT_MODES = "modes", "held-out modes"
 
 
 class LiBI(Method):
@@ -214,12 +219,28 @@ class LiBI(Method):
     def _quadrature(self, run: Run, rows: Rows, step: int) -> Terms:
         replicas = run.replicas
         z = replicas.codes(rows.values)
-        terms = {"likelihood": -rows.mean(replicas.local_log_likelihood(rows.values, z.detach()))}
+        centres = self._centres(replicas, rows, z.detach(), step == VALIDATION_DRAWS)
+        terms = {"likelihood": -rows.mean(replicas.local_log_likelihood(rows.values, centres))}
         if step != VALIDATION_DRAWS:  # h follows the modes; theta does not follow h
             with replicas.frozen("model."):
                 joint = replicas.log_prob(rows.values, z) - 0.5 * z.square().sum(-1)
             terms["mode"] = -rows.mean(joint - joint.detach())
         return self._constrained(terms, run, rows, z, step)
+
+    @staticmethod
+    @torch.no_grad()
+    def _centres(replicas: Replicas, rows: Rows, z: Tensor, held_out: bool) -> Tensor:
+        """Where the integrals over codes are taken: at the codes z, or at modes that were found as this began, where they are
+        higher: the few rows whose codes are poor would pull theta towards themselves."""
+        name = HELD_OUT_MODES if held_out else MODES
+        if name not in replicas.own:
+            return z
+        modes = replicas.own[name][:, places_of(rows)]
+
+        def joint(codes: Tensor) -> Tensor:
+            return replicas.log_prob(rows.values, codes) - 0.5 * codes.square().sum(-1)
+
+        return torch.where((joint(modes) > joint(z))[..., None], modes, z)
 
     def _weights(self, run: Run) -> Callable[[], list[Any]]:
         return lambda: [self.weight(name, run.replicas) for name in self.weights]
@@ -258,10 +279,17 @@ class LiBI(Method):
         stages += [phase("step 1, joint", joint, halving=True)]
         if s["step1"] == "importance":
             stages += [self._start_std()]
+        whole = run.options.batch_size is None and run.batches.loader is None and run.batches.source is None
+        modes = s["step1"] == "quadrature" and whole and not distributed.active()
+        if modes:
+            stages += [lambda run: keep_modes(run, HELD_OUT_MODES, run.validation)]
         if (count := s["finalists"]) is not None:
             stages += [phase("finalists", 0, s["step1"])]  # no epochs: held-out rows alone
             stages += [lambda run: run.keep(run.best_of(run.objective, run.restarts, min(count, run.restarts)))]
-        return [*stages, phase("step 1", epochs - joint, s["step1"])]
+        if modes:
+            stages += [lambda run: keep_modes(run, MODES, run.train)]
+        stages += [phase("step 1", epochs - joint, s["step1"])]
+        return [*stages, lambda run: forget(run, MODES, HELD_OUT_MODES)] if modes else stages
 
     # --- step 2 ---
 
