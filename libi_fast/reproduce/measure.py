@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libi_fast.data.synthetic import GaussianTruth, SyntheticDataset
+from libi_fast.data.nonlinear import QuadratureTruth
+from libi_fast.data.synthetic import SyntheticDataset
 from libi_fast.metrics import aggregated_posterior, energy_distance
 from libi_fast.ops.smooth_knn import smooth_knn
 from libi_fast.reproduce import published, references
@@ -22,8 +23,10 @@ def of_truth(data: SyntheticDataset, repetitions: int) -> dict[str, Any]:
     """The ground truth on its own test rows, beside exact maximum likelihood (None where there is none), and what two samples
     of p(x) differ by."""
     best = references.maximum_likelihood(data)
-    linear = isinstance(data.truth, GaussianTruth)
-    truth = data.truth.log_likelihood(data.test) if linear else references.exact(data.truth.model, data.test)
+    if isinstance(data.truth, QuadratureTruth):
+        truth = references.exact(data.truth.model, data.test)
+    else:
+        truth = data.truth.log_likelihood(data.test)
     of_best = None if best is None else float(references.exact(best, data.test).mean())
     first, second = (data.truth.sample(len(data.test), seed) for seed in (SAMPLE_SEEDS[0], SAMPLE_SEEDS[2]))
     return {

@@ -69,9 +69,9 @@ def q_of_truth(folder: Folder, data: SyntheticDataset) -> lf.MeanFieldGaussian:
         return folder.made[data.name]
     torch.manual_seed(0)
     q, model = data.inference(), true_model(data).to(data.dtype)
-    first = q.network if isinstance(q.network, torch.nn.Linear) else q.network[-1]
+    last = [m for m in q.modules() if isinstance(m, torch.nn.Linear)][-1]
     with torch.no_grad():
-        first.bias[data.latent_dim :] = math.log(0.05)  # the posterior's size; wide draws of a narrow likelihood diverge
+        last.bias[data.latent_dim :] = math.log(0.05)  # the posterior's size; wide draws of a narrow likelihood diverge
     fit_inference(model, q, data.train, epochs=EPOCHS, method="posterior", sampler="simulated", progress=False)
     fit_inference(model, q, data.train, epochs=EPOCHS, method="elbo", progress=False)
     folder.made[data.name] = q.double()
@@ -187,7 +187,7 @@ def posteriors(dataset: str, methods: tuple[str, ...]) -> Callable[[Folder], Fig
     """A row a model, the truth first: means of q on the left, of the true posterior on the right."""
 
     def draw(folder: Folder) -> Figure:
-        rows = []
+        rows: list[Means] = []
         for method in methods:
             fitted, data = fitted_in(folder, dataset, method)
             if not rows:

@@ -115,7 +115,7 @@ def trained(folder: Folder, piece: Piece, progress: bool) -> list[list[list[dict
             piece.methods(sets[0], folder.device), sets, **piece.training, seed=protocol.seed, keep_restarts=True,
             checkpoint=folder.file(piece.name, "checkpoint"), resume=True, progress=progress,
         )  # fmt: skip
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for s, row in enumerate(grid):
             for k, fitted in enumerate(row):
                 objectives = fitted.history[-1]["objective"]
@@ -195,7 +195,8 @@ def choose(
     methods: list[Any], states: list[list[list[dict[str, Tensor]]]], sets: Sequence[Any], samples: int
 ) -> tuple[dict[str, tuple[int, list[int]]], dict[str, Any]]:
     """{selection: (setting, the restart of each draw)}, and the validation log-likelihoods that they were chosen by."""
-    sampled, exact = [], []
+    sampled: list[list[float]] = []
+    exact: list[list[list[float]]] = []
     for method, of_sets in zip(methods, states, strict=True):
         sampled.append([])
         exact.append([])

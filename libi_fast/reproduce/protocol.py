@@ -99,19 +99,20 @@ class Protocol:
 
 def one_setting(dataset: str, method: str) -> list[dict[str, Any]]:
     """Of the paper's grid one setting a method."""
-    return {
+    grids: dict[str, list[dict[str, Any]]] = {
         "VAE": [{"beta": 1.0, **START}],
         "beta-VAE": [{"beta": 0.5, **START}],
         "annealing": [{"beta": 1.0, "anneal": True, **START}],
         "lagging": [{"segments": published.SEGMENTS[dataset][0], **START}],
         "LiBI": [{"hz_weight": 1.0, "covariance_tolerance": 0.2, "mean_tolerance": 0.2, "repeats": 1, **PUBLISHED_LIBI}],
         "ours": [{**OURS, "likelihood_share": OURS_SHARE[dataset]}],
-    }[method]
+    }
+    return grids[method]
 
 
 def full_grid(dataset: str, method: str) -> list[dict[str, Any]]:
     """The paper's."""
-    return {
+    grids: dict[str, list[dict[str, Any]]] = {
         "VAE": [{"beta": 1.0, **START}],
         "beta-VAE": [{"beta": beta, **START} for beta in published.BETAS],
         "annealing": [{"beta": beta, "anneal": True, **START} for beta in published.ANNEALED_BETAS],
@@ -124,7 +125,8 @@ def full_grid(dataset: str, method: str) -> list[dict[str, Any]]:
             for m in published.TOLERANCES
         ],
         "ours": [{**OURS, "likelihood_share": OURS_SHARE[dataset]}],
-    }[method]
+    }
+    return grids[method]
 
 
 # Epochs of both steps, restarts, those that go on to the end of step 1's joint part; and the share of step 1 by quadrature.

@@ -69,12 +69,13 @@ def maximum_likelihood(data: Any) -> LatentVariableModel | None:
     """
     x, noise = data.train.double(), data.truth.noise_variance
     model = in_double(data.model())
+    weights = next(model.decoder.parameters())  # but on Mobius the only ones
     if data.name == "Gaussian":
-        model.decoder.weight.copy_(principal_weight(x, float(noise[0]), 2))
+        weights.copy_(principal_weight(x, float(noise[0]), 2))
     elif data.name == "LinearJTEx":
-        model.decoder.a.copy_(principal_weight(x, float(noise[0] + JTEX_B[0]), 2))
+        weights.copy_(principal_weight(x, float(noise[0] + JTEX_B[0]), 2))
     elif data.name == "CubicJTEx":
-        model.decoder[0].a.copy_(cubic_maximum_likelihood(x, noise, data.truth.model.decoder[0].weight))
+        weights.copy_(cubic_maximum_likelihood(x, noise, data.truth.model.decoder[0].weight))
     else:
         return None
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from libi_fast.reproduce.pieces import OWN, SELECTIONS, TRUTH
@@ -54,9 +54,15 @@ def shown(value: Mean | None) -> str:
     return "" if value is None else str(value)
 
 
-def cell(result: Mapping[str, Any], selection: str, get: Callable[[Mapping[str, Any]], float | None]) -> Mean | None:
-    """Over the data sets of a piece's result."""
-    return mean_of([get(one) for one in result["selections"][selection]["sets"]])
+def cell(result: Mapping[str, Any], selection: str, *names: str) -> Mean | None:
+    """A number of :func:`libi_fast.reproduce.measure.of_method` over the data sets of a piece's result."""
+
+    def number_of(one: Any) -> float | None:
+        for name in names:
+            one = one[name]
+        return one
+
+    return mean_of([number_of(one) for one in result["selections"][selection]["sets"]])
 
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -83,7 +89,7 @@ def table1(dataset: str, results: Results, selection: str = OWN) -> Table:
             continue
         printed = TABLE1.get((method, dataset), {})
         theirs = [f"{p.mean:.2f} +- {p.spread:.2f}" if (p := printed.get(k)) else "" for k in (LOG_LIKELIHOOD, SMOOTH_KNN)]
-        ours = [shown(cell(results[method], selection, lambda one, key=key: one[key])) for key in COLUMNS.values()]
+        ours = [shown(cell(results[method], selection, key)) for key in COLUMNS.values()]
         rows.append([LABELS[method], *theirs, *ours])
     of_truth = {
         key: shown(mean_of([one[OF_TRUTH[key]] for one in truth])) if key in OF_TRUTH else "" for key in COLUMNS.values()
@@ -112,17 +118,17 @@ CODES = {
 
 
 def codes(dataset: str, results: Results, selection: str = OWN) -> Table:
-    """What q is worth: its importance-sampled value against the exact one, its aggregated posterior against the prior, beside what
-    95% of samples of the prior stay below."""
+    """What q is worth: its importance-sampled value against the exact one, its aggregated posterior against the prior, beside
+    what 95% of samples of the prior stay below."""
     rows, limits = [], [""] * len(CODES)
     for method in METHODS:
         if method not in results:
             continue
-        gap = cell(results[method], selection, lambda one: one["importance-sampled minus exact"])
-        reliable = cell(results[method], selection, lambda one: one["rows with Pareto k below 0.7"])
+        gap = cell(results[method], selection, "importance-sampled minus exact")
+        reliable = cell(results[method], selection, "rows with Pareto k below 0.7")
         row = [LABELS[method], shown(gap), "" if reliable is None else f"{reliable.mean:.0%}"]
         for i, (value, limit) in enumerate(CODES.values()):
-            row.append(shown(cell(results[method], selection, lambda one, v=value: one["codes"][v])))
+            row.append(shown(cell(results[method], selection, "codes", value)))
             limits[i] = number(results[method]["selections"][selection]["sets"][0]["codes"][limit])
         rows.append(row)
     rows.append(["95% of samples of the prior stay below", "", "", *limits])
