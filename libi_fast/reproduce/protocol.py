@@ -101,7 +101,7 @@ def one_setting(dataset: str, method: str) -> list[dict[str, Any]]:
     """Of the paper's grid one setting a method."""
     grids: dict[str, list[dict[str, Any]]] = {
         "VAE": [{"beta": 1.0, **START}],
-        "beta-VAE": [{"beta": 0.5, **START}],
+        "beta-VAE": [{"beta": 2.0, **START}],
         "annealing": [{"beta": 1.0, "anneal": True, **START}],
         "lagging": [{"segments": published.SEGMENTS[dataset][0], **START}],
         "LiBI": [{"hz_weight": 1.0, "covariance_tolerance": 0.2, "mean_tolerance": 0.2, "repeats": 1, **PUBLISHED_LIBI}],
@@ -134,7 +134,7 @@ OURS_TRAINING = {
     "LinearJTEx": (3000, 10, 5), "CubicJTEx": (9000, 40, 8), "Gaussian": (6000, 10, 5), "Mobius": (6000, 10, 4),
 }  # fmt: skip
 OURS_SHARE = {"LinearJTEx": 0.2, "CubicJTEx": 0.05, "Gaussian": 0.2, "Mobius": 0.03}
-QUICK_EPOCHS = {"LinearJTEx": 12_000, "CubicJTEx": 12_000, "Gaussian": 12_000, "Mobius": 8000}
+QUICK_EPOCHS = {"LinearJTEx": 20_000, "CubicJTEx": 20_000, "Gaussian": 20_000, "Mobius": 16_000}
 
 
 def of_ours(dataset: str) -> dict[str, Any]:
