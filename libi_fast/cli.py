@@ -29,7 +29,7 @@ OWN_OPTIONS = {
     "lagging": ("beta", "segments"),
     "iwae": ("train_samples",),
 }  # fmt: skip
-REPRODUCED = ("table1", "figure1", "figure2", "figure3", "figure4", "figure5", "all")
+REPRODUCED = ("table1", "figure1", "figure2", "figure3", "figure4", "figure5", "ablations", "all")
 PARETO_LIMIT = 0.7  # above it the weights' tail is too heavy to trust the estimate (Vehtari et al., arXiv 1507.02646)
 FIT_OPTIONS = ("epochs", "restarts", "survivors", "batch_size", "learning_rate", "tolerance", "log_dir")
 LARGE_FILE = 2**30  # bytes of a .npy file that evaluate reads as it goes along
@@ -37,8 +37,8 @@ LARGE_FILE = 2**30  # bytes of a .npy file that evaluate reads as it goes along
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 (bad input, or the disk refused), 130 (interrupted)."""
+    options = _parser().parse_args(arguments)
     try:
-        options = _parser().parse_args(arguments)
         with _processes(options):
             options.run(options)
         sys.stdout.flush()
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (InputError, OSError, FloatingPointError) as error:  # the last: training that diverged
-        if os.environ.get("RANK", "0") == "0":  # torchrun's others say the same
+        # torchrun's others say the same, but where each has work of its own
+        if os.environ.get("RANK", "0") == "0" or options.run is _reproduce:
             print(f"libi-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

@@ -122,7 +122,7 @@ def test_the_paper_protocol_has_the_papers_grid():
     assert sizes["Gaussian", "LiBI"] == 4 * 2 * 2 * 2 and sizes["Mobius", "LiBI"] == 3 * 2 * 2 * 2
     assert [sizes["LinearJTEx", m] for m in METHODS[:4]] == [1, 3, 4, 4]
     for protocol in PROTOCOLS.values():
-        for piece in protocol.pieces():
+        for piece in (*protocol.pieces(), *protocol.ablations("LinearJTEx")):
             piece.methods(SMOKE.data(piece.dataset)[0])  # every setting is one that its method knows
 
 
@@ -211,7 +211,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         reproduce.run("all", "long", tmp_path)
     with pytest.raises(InputError, match="unknown result 'table2'; known: table1, figure1"):
         reproduce.run("table2", "smoke", tmp_path)
-    assert (reproduce.TABLE1, *reproduce.FIGURES, reproduce.ALL) == REPRODUCED
+    assert (reproduce.TABLE1, *reproduce.FIGURES, reproduce.ABLATIONS, reproduce.ALL) == REPRODUCED
 
 
 def test_the_report_needs_nothing_beside_it(done, monkeypatch):

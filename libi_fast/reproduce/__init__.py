@@ -11,7 +11,7 @@ from typing import Any
 
 from libi_fast.errors import InputError
 
-TABLE1, ALL = "table1", "all"
+TABLE1, ABLATIONS, ALL = "table1", "ablations", "all"
 FIGURES = {  # what each is of: the data set, and the methods that must be trained
     "figure1": ("LinearJTEx", ("VAE",)),
     "figure2": ("LinearJTEx", ("VAE",)),
@@ -32,11 +32,12 @@ def run(
     every process takes pieces of its own, and the first one writes.
 
     Args:
-        what: 'table1', 'figure1' to 'figure5', or 'all'. protocol: 'quick', 'paper' or 'smoke'.
+        what: 'table1', 'figure1' to 'figure5', 'ablations' (of LiBI, as paired differences), or 'all'.
+        protocol: 'quick', 'paper' or 'smoke'.
         out: the folder. seconds: begin no piece after that many. device: to train on. progress: say what is done.
 
     Returns:
-        The file that was written: table1.json, figureN.png or report.html; None where pieces are left to do.
+        The file that was written: table1.json, figureN.png, ablations.json or report.html; None where pieces are left to do.
 
     Raises:
         InputError: an unknown name, a device that is not there, files in ``out`` of other settings or damaged; no matplotlib.
@@ -48,8 +49,8 @@ def run(
     from libi_fast.reproduce import protocol as protocols
 
     console.require_tables()
-    if what not in (TABLE1, *FIGURES, ALL):
-        raise InputError(f"unknown result {what!r}; known: {', '.join((TABLE1, *FIGURES, ALL))}")
+    if what not in (known := (TABLE1, *FIGURES, ABLATIONS, ALL)):
+        raise InputError(f"unknown result {what!r}; known: {', '.join(known)}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -59,6 +60,8 @@ def run(
     if what in FIGURES:
         dataset, methods = FIGURES[what]
         wanted = [chosen.piece(dataset, method) for method in methods]
+    elif what == ABLATIONS:
+        wanted = [p for d in chosen.datasets for p in (chosen.piece(d, "LiBI"), *chosen.ablations(d))]
     else:
         wanted = chosen.pieces()
 
@@ -98,21 +101,35 @@ def _wait_for_others() -> None:
 
 def _write(what: str, folder: Any) -> Path:
     from libi_fast import console, figures
-    from libi_fast.reproduce import pictures, report, tables
+    from libi_fast.reproduce import pictures, pieces, report, tables
 
     if what in FIGURES:
         path = folder.path / f"{what}.png"
         figures.save(pictures.DRAWN[what](folder), path)
         print(path)
         return path
+    if what == ABLATIONS:
+        every = {
+            d: {p.method: pieces.result_of(folder, p) for p in folder.protocol.ablations(d)} for d in folder.protocol.datasets
+        }
+        for dataset, changed in every.items():
+            base = pieces.result_of(folder, folder.protocol.piece(dataset, "LiBI"))
+            table = tables.ablations(dataset, base, changed)
+            console.print_table(table.title, table.header, table.rows, table.caption)
+        return _written(folder.path / f"{ABLATIONS}.json", report.summary(folder, every))
     results = report.collect(folder)
     if what == TABLE1:
         for dataset in results:
             for table in (tables.table1(dataset, results[dataset]), tables.codes(dataset, results[dataset])):
                 console.print_table(table.title, table.header, table.rows, table.caption)
-    path = folder.path / f"{TABLE1}.json"
-    path.write_text(json.dumps(report.summary(folder, results), indent=1) + "\n")
+    path = _written(folder.path / f"{TABLE1}.json", report.summary(folder, results))
     if what == ALL:
         path = report.write(folder, results)
+        print(path)
+    return path
+
+
+def _written(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content, indent=1) + "\n")
     print(path)
     return path

@@ -136,6 +136,23 @@ def codes(dataset: str, results: Results, selection: str = OWN) -> Table:
     return Table(f"{dataset}: the inference model", header, rows, "Of one draw of q(z | x) a test row.")
 
 
+def ablations(dataset: str, published: Mapping[str, Any], changed: Results) -> Table:
+    """LiBI with one thing changed, minus LiBI as published, on the same draws: both restarts chosen by their own objective."""
+    keys = {"exact LL": "exact", "IS minus exact LL": "importance-sampled minus exact", "S-kNN": "smooth k-NN"}
+    base = published["selections"][OWN]["sets"]
+    rows = [["published", *(shown(mean_of([one[key] for one in base])) for key in keys.values()), _seconds(published)]]
+    for name, result in changed.items():
+        sets = result["selections"][OWN]["sets"]
+        paired = [mean_of([a[key] - b[key] for a, b in zip(sets, base, strict=True)]) for key in keys.values()]
+        rows.append([name, *map(shown, paired), _seconds(result)])
+    caption = "Below the first row: paired differences to it, mean +- standard error over the data sets."
+    return Table(f"{dataset}: LiBI with one thing changed", ["", *keys, "seconds of training"], rows, caption)
+
+
+def _seconds(result: Mapping[str, Any]) -> str:
+    return f"{result['seconds']['training']:.0f}"
+
+
 def times(results: Mapping[str, Results]) -> Table:
     """Seconds, and the settings that were chosen."""
     rows = []

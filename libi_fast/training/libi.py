@@ -62,7 +62,9 @@ class LiBI(Method):
             p(z_n | x_n). Its optimum's codes have the prior's law, so hz_weight and the tolerances play no part in it.
             The last two begin, in the first repeat, with 'joint'.
         likelihood_share: of the first step 1's epochs, those of 'importance' or 'quadrature', an epoch of which takes a hundred
-            times as long. finalists: restarts that go on to them, the best by what they maximise; None lets all go on.
+            times as long.
+        finalists: restarts that go on to those epochs, or with 'joint' to step 2: the best on held-out rows by what step 1
+            maximises; None lets all go on.
         step2: what step 2 maximises: 'elbo', as published; 'importance', the importance-weighted bound; 'posterior',
             log q(z | x) at draws from p(z | x), of which q then covers all; 'elbo+posterior', half the epochs each.
         sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step; 'sir' or 'hmc', draws
@@ -273,8 +275,13 @@ class LiBI(Method):
             stages += [phase("candidates", warm_up, decay=False)]
             stages += [lambda run: run.keep(run.best_of(run.objective, s["candidates"], 1))]
             epochs -= warm_up
+
+        def finalists(run: Run) -> None:
+            if (count := s["finalists"]) is not None:
+                run.keep(run.best_of(run.objective, run.restarts, min(count, run.restarts)))
+
         if s["step1"] == "joint":
-            return [*stages, phase("step 1", epochs, halving=True)]
+            return [*stages, phase("step 1", epochs, halving=True), finalists]
         joint = int(epochs * (1 - s["likelihood_share"]))
         stages += [phase("step 1, joint", joint, halving=True)]
         if s["step1"] == "importance":
@@ -283,9 +290,8 @@ class LiBI(Method):
         modes = s["step1"] == "quadrature" and whole and not distributed.active()
         if modes:
             stages += [lambda run: keep_modes(run, HELD_OUT_MODES, run.validation)]
-        if (count := s["finalists"]) is not None:
-            stages += [phase("finalists", 0, s["step1"])]  # no epochs: held-out rows alone
-            stages += [lambda run: run.keep(run.best_of(run.objective, run.restarts, min(count, run.restarts)))]
+        if s["finalists"] is not None:
+            stages += [phase("finalists", 0, s["step1"]), finalists]  # no epochs: held-out rows alone
         if modes:
             stages += [lambda run: keep_modes(run, MODES, run.train)]
         stages += [phase("step 1", epochs - joint, s["step1"])]
