@@ -37,8 +37,10 @@ LARGE_FILE = 2**30  # bytes of a .npy file that evaluate reads as it goes along
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 (bad input, or the disk refused), 130 (interrupted)."""
-    options = _parser().parse_args(arguments)
+    alike = True
     try:
+        options = _parser().parse_args(arguments)
+        alike = options.run is not _reproduce
         with _processes(options):
             options.run(options)
         sys.stdout.flush()
@@ -48,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (InputError, OSError, FloatingPointError) as error:  # the last: training that diverged
-        # torchrun's others say the same, but where each has work of its own
-        if os.environ.get("RANK", "0") == "0" or options.run is _reproduce:
+        if os.environ.get("RANK", "0") == "0" or not alike:  # where torchrun's others do the same, they say the same
             print(f"libi-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
