@@ -62,7 +62,8 @@ class LiBI(Method):
             p(z_n | x_n). Its optimum's codes have the prior's law, so hz_weight and the tolerances play no part in it.
             The last two begin, in the first repeat, with 'joint'.
         likelihood_share: of the first step 1's epochs, those of 'importance' or 'quadrature', an epoch of which takes a hundred
-            times as long.
+            times as long. likelihood_rate: of those, their learning rate in units of fit's: at noise variances of 1e-5 Adam's
+            first steps at the full rate undo what the joint part reached.
         finalists: restarts that go on to those epochs, or with 'joint' to step 2: the best on held-out rows by what step 1
             maximises; None lets all go on.
         step2: what step 2 maximises: 'elbo', as published; 'importance', the importance-weighted bound; 'posterior',
@@ -91,14 +92,15 @@ class LiBI(Method):
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
         candidates: int = 4, initial_std: float | None = None, step1: str = "joint", likelihood_share: float = 0.5,
-        finalists: int | None = None, step2: str = "elbo",
-        sampler: str = SAMPLER, num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
+        likelihood_rate: float = 1.0, finalists: int | None = None, step2: str = "elbo", sampler: str = SAMPLER,
+        num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
         hz_beta: float | None = None,
     ):  # fmt: skip
         for label, value in {
             "hz_weight": hz_weight,
             "covariance_tolerance": covariance_tolerance,
             "mean_tolerance": mean_tolerance,
+            "likelihood_rate": likelihood_rate,
         }.items():
             lib.check_positive(label, value)
         for label, optional in {"initial_std": initial_std, "hz_beta": hz_beta}.items():
@@ -128,8 +130,8 @@ class LiBI(Method):
         super().__init__(
             model, inference, encoder, hz_weight=hz_weight, covariance_tolerance=covariance_tolerance,
             mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up,
-            candidates=candidates, initial_std=initial_std, step1=step1, likelihood_share=likelihood_share, finalists=finalists,
-            step2=step2, sampler=sampler, num_samples=num_samples,
+            candidates=candidates, initial_std=initial_std, step1=step1, likelihood_share=likelihood_share,
+            likelihood_rate=likelihood_rate, finalists=finalists, step2=step2, sampler=sampler, num_samples=num_samples,
             constraints=tuple(constraints), hz_method=hz_method, hz_beta=hz_beta,
         )  # fmt: skip
         for label, choice in (("step1", step1), ("step2", step2)):
@@ -251,12 +253,14 @@ class LiBI(Method):
         s = self.settings
         prefix = "encoder." if first and run.replicas.template.encoder is not None else "inference."
 
-        def phase(name: str, epochs: int, kind: str = "joint", decay: bool = True, halving: bool = False) -> Phase:
+        def phase(
+            name: str, epochs: int, kind: str = "joint", decay: bool = True, halving: bool = False, rate: float = 1.0
+        ) -> Phase:  # fmt: skip
             terms = {"joint": self._joint, "importance": self._importance, "quadrature": self._quadrature}[kind]
             known = kind == "joint" and s["hz_method"] == "exact" and not s["constraints"]
             return Phase(
                 name, epochs, ("model.", prefix), lambda rows, step: terms(run, rows, step),
-                lambda: terms(run, run.validation, VALIDATION_DRAWS), decay, halving=halving, fixed=name == "candidates",
+                lambda: terms(run, run.validation, VALIDATION_DRAWS), decay, rate, halving, fixed=name == "candidates",
                 objective=Objective("joint", self._weights(run), hz_beta=s["hz_beta"]) if known else None,
             )  # fmt: skip
 
@@ -294,7 +298,7 @@ class LiBI(Method):
             stages += [phase("finalists", 0, s["step1"]), finalists]  # no epochs: held-out rows alone
         if modes:
             stages += [lambda run: keep_modes(run, MODES, run.train)]
-        stages += [phase("step 1", epochs - joint, s["step1"])]
+        stages += [phase("step 1", epochs - joint, s["step1"], rate=s["likelihood_rate"])]
         return [*stages, lambda run: forget(run, MODES, HELD_OUT_MODES)] if modes else stages
 
     # --- step 2 ---
