@@ -153,12 +153,11 @@ def full_grid(dataset: str, method: str) -> list[dict[str, Any]]:
 OURS_TRAINING = {
     "LinearJTEx": (3000, 10, 5), "CubicJTEx": (9000, 80, 10), "Gaussian": (4500, 10, 5), "Mobius": (8000, 16, 4),
 }  # fmt: skip
-# On Mobius an epoch by quadrature takes the time of a thousand others, and Adam's first steps undo what the joint part reached.
 OURS_STEP1: dict[str, dict[str, Any]] = {
     "LinearJTEx": {"step1": "quadrature", "likelihood_share": 0.2},
-    "CubicJTEx": {"step1": "quadrature", "likelihood_share": 0.06},
+    "CubicJTEx": {"step1": "quadrature", "likelihood_share": 0.06, "likelihood_rate": 0.1},
     "Gaussian": {"step1": "quadrature", "likelihood_share": 0.2},
-    "Mobius": {"step1": "joint"},
+    "Mobius": {"step1": "quadrature", "likelihood_share": 0.021, "likelihood_rate": 0.1},
 }
 QUICK_EPOCHS = {"LinearJTEx": 20_000, "CubicJTEx": 20_000, "Gaussian": 20_000, "Mobius": 16_000}
 
