@@ -151,7 +151,7 @@ def full_grid(dataset: str, method: str) -> list[dict[str, Any]]:
 
 # Epochs of both steps, restarts, and those that go on to the end of step 1's joint part.
 OURS_TRAINING = {
-    "LinearJTEx": (3000, 10, 5), "CubicJTEx": (9000, 80, 10), "Gaussian": (4500, 10, 5), "Mobius": (8000, 16, 4),
+    "LinearJTEx": (3000, 10, 5), "CubicJTEx": (6000, 40, 8), "Gaussian": (4500, 10, 5), "Mobius": (8000, 16, 4),
 }  # fmt: skip
 OURS_STEP1: dict[str, dict[str, Any]] = {
     "LinearJTEx": {"step1": "quadrature", "likelihood_share": 0.2},
