@@ -107,7 +107,7 @@ def table1(dataset: str, results: Results, selection: str = OWN) -> Table:
 
 CAPTION = (
     "Test rows, nats a row; ours mean +- standard error over the data sets, the paper's mean +- its printed spread. "
-    "S-kNN and energy distance: between p(x) and the model; in the truth's row between two samples of p(x), of all data sets alike."
+    "S-kNN and energy distance: between p(x) and the model; in the truth's row between two samples of p(x), the same ones."
 )
 
 CODES = {
