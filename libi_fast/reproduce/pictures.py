@@ -141,11 +141,9 @@ def figure1(folder: Folder) -> Figure:
         figure.colorbar(image, ax=axis, shrink=0.9)
         lines = axis.contour(b, b, grids[name].T, levels=LINES[name], colors="white", linewidths=1.0)
         axis.clabel(lines, fmt="%g", fontsize=8.5)
-        axis.plot(
-            [6], [6], marker="*", color="white", markeredgecolor="black", markersize=13, linestyle="none", label="true $B$"
-        )
+        axis.plot([6], [6], marker="*", color="white", markeredgecolor="black", markersize=13)
+        axis.annotate("true $B$", (6, 6), (9, -14), textcoords="offset points", color="white", fontsize=9.5)
         axis.set(title=label, xlabel="$B_{11}\\cdot 10^3$", ylabel="$B_{22}\\cdot 10^3$", aspect="equal")
-        axis.legend(loc="lower left", fontsize=9.5)
     mean, covariance = lf.linear_gaussian_marginal(fitted.model)
     zero, identity = torch.zeros(2), torch.eye(2)
     true_covariance = data.truth.covariance  # type: ignore[attr-defined]
@@ -167,7 +165,7 @@ def figure1(folder: Folder) -> Figure:
         limits = [max(abs(v) for axis in row for v in get(axis)) for get in (_x_limits, _y_limits)]
         for axis in row:
             axis.set(xlim=(-limits[0], limits[0]), ylim=(-limits[1], limits[1]))
-        row[1].legend(loc="upper center", bbox_to_anchor=(-0.15, -0.16), ncols=2, fontsize=9.5, frameon=False)
+        row[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9.5, frameon=False)
     return figure
 
 

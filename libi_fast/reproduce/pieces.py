@@ -103,7 +103,8 @@ def truth_of(folder: Folder, dataset: str) -> dict[str, Any]:
 
 
 def trained(folder: Folder, piece: Piece, progress: bool) -> list[list[list[dict[str, Tensor]]]]:
-    """States of [setting][draw][restart], the one that its method prefers first; from a file once they were trained."""
+    """States of [setting][draw][restart], the one that its method prefers first, without those that became non-finite; from a
+    file once they were trained."""
     path = folder.file(piece.name, "safetensors")
     protocol = folder.protocol
     identity = json.dumps(identity_of(protocol, piece, piece.dataset))
@@ -119,9 +120,9 @@ def trained(folder: Folder, piece: Piece, progress: bool) -> list[list[list[dict
         for s, row in enumerate(grid):
             for k, fitted in enumerate(row):
                 objectives = fitted.history[-1]["objective"]
-                order = sorted(range(len(objectives)), key=lambda r: (not math.isfinite(o := objectives[r]), o))
-                for place, restart in enumerate(order):
-                    state = fitted.restart_states[restart] if fitted.restart_states else fitted.state()
+                finite = [r for r, value in enumerate(objectives) if math.isfinite(value)]
+                for place, restart in enumerate(sorted(finite, key=objectives.__getitem__)):
+                    state = fitted.restart_states[restart]
                     tensors |= {f"{s}/{k}/{place}/{name}": value.cpu() for name, value in state.items()}
         seconds = time.perf_counter() - start
         with whole(path) as temporary:
@@ -168,11 +169,13 @@ def result_of(folder: Folder, piece: Piece, progress: bool = False) -> dict[str,
     sets = protocol.data(piece.dataset)
     methods = piece.methods(sets[0])
     choices, held_out = choose(methods, states, sets, protocol.samples)
-    found: dict[tuple[int, int, int], dict[str, Any]] = {}
+    found: dict[tuple[int, int, int], dict[str, Any] | None] = {}
     selections: dict[str, Any] = {}
     for selection, (setting, restarts) in choices.items():
         for k, restart in enumerate(restarts):
             key = (setting, k, restart)
+            if not states[setting][k]:
+                found[key] = None  # every restart became non-finite
             if key not in found:
                 methods[setting].load_state(states[setting][k][restart])
                 found[key] = measure.of_method(methods[setting], sets[k], truth[k], protocol.samples, protocol.repetitions)
@@ -201,23 +204,26 @@ def choose(
         sampled.append([])
         exact.append([])
         for data, restarts in zip(sets, of_sets, strict=True):
+            exact[-1].append([])
+            if not restarts:
+                sampled[-1].append(-math.inf)
+                continue
             method.load_state(restarts[0])
             estimate = method.log_likelihood(data.validation, samples, published.INFLATION, pareto=False)
             sampled[-1].append(float(estimate.log_likelihood.double().mean()))
-            exact[-1].append([])
             for state in restarts:
                 method.load_state(state)
                 exact[-1][-1].append(references.nearly_exact(method.model, data.validation))
     by_sampled = _best([math.fsum(row) for row in sampled])
     best = [[_best(restarts) for restarts in row] for row in exact]
-    by_exact = _best([math.fsum(r[b] for r, b in zip(row, of, strict=True)) for row, of in zip(exact, best, strict=True)])
+    by_exact = _best([math.fsum(max(restarts, default=-math.inf) for restarts in row) for row in exact])
     chosen = {OWN: (by_sampled, [0] * len(sets)), LIKELIHOOD: (by_exact, best[by_exact])}
     return chosen, {"importance-sampled": sampled, "exact": exact}
 
 
 def _best(values: Sequence[float]) -> int:
     """Where the largest is; NaN is never."""
-    return max(range(len(values)), key=lambda i: (not math.isnan(values[i]), values[i]))
+    return max(range(len(values)), key=lambda i: (not math.isnan(values[i]), values[i]), default=0)
 
 
 # --- all of them ---

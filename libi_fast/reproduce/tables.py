@@ -59,10 +59,21 @@ def cell(result: Mapping[str, Any], selection: str, *names: str) -> Mean | None:
 
     def number_of(one: Any) -> float | None:
         for name in names:
-            one = one.get(name)
+            one = None if one is None else one.get(name)
         return one
 
-    return mean_of([number_of(one) for one in result["selections"][selection]["sets"]])
+    return mean_of([number_of(one) for one in _sets(result, selection)])
+
+
+def _sets(result: Mapping[str, Any], selection: str) -> list[dict[str, Any] | None]:
+    """None where every restart became non-finite."""
+    return result["selections"][selection]["sets"]
+
+
+def labelled(method: str, result: Mapping[str, Any], selection: str) -> str:
+    """The method's name, and on how many data sets it ended where that is not all."""
+    ended = [one is not None for one in _sets(result, selection)]
+    return LABELS[method] if all(ended) else f"{LABELS[method]} (ended on {sum(ended)} of {len(ended)})"
 
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -91,7 +102,7 @@ def table1(dataset: str, results: Results, selection: str = OWN) -> Table:
         printed = TABLE1.get((method, dataset), {})
         theirs = [f"{p.mean:.2f} +- {p.spread:.2f}" if (p := printed.get(k)) else "" for k in (LOG_LIKELIHOOD, SMOOTH_KNN)]
         ours = [shown(cell(results[method], selection, key)) for key in COLUMNS.values()]
-        rows.append([LABELS[method], *theirs, *ours])
+        rows.append([labelled(method, results[method], selection), *theirs, *ours])
     of_truth = {
         key: shown(mean_of([one[OF_TRUTH[key]] for one in truth])) if key in OF_TRUTH else "" for key in COLUMNS.values()
     }
@@ -127,10 +138,10 @@ def codes(dataset: str, results: Results, selection: str = OWN) -> Table:
             continue
         gap = cell(results[method], selection, "importance-sampled minus exact")
         reliable = cell(results[method], selection, "rows with Pareto k below 0.7")
-        row = [LABELS[method], shown(gap), "" if reliable is None else f"{reliable.mean:.0%}"]
+        row = [labelled(method, results[method], selection), shown(gap), "" if reliable is None else f"{reliable.mean:.0%}"]
         for i, (value, limit) in enumerate(CODES.values()):
             row.append(shown(cell(results[method], selection, "codes", value)))
-            limits[i] = number(results[method]["selections"][selection]["sets"][0]["codes"][limit])
+            limits[i] = next((number(one["codes"][limit]) for one in _sets(results[method], selection) if one), limits[i])
         rows.append(row)
     rows.append(["95% of samples of the prior stay below", "", "", *limits])
     header = ["", "IS minus exact LL", "rows with Pareto k < 0.7", *CODES]
@@ -141,10 +152,17 @@ def ablations(dataset: str, published: Mapping[str, Any], changed: Results) -> T
     """LiBI with one thing changed, minus LiBI as published, on the same draws: both restarts chosen by their own objective."""
     keys = {"exact LL": "exact", "IS minus exact LL": "importance-sampled minus exact", "S-kNN": "smooth k-NN"}
     base = published["selections"][OWN]["sets"]
-    rows = [["published", *(shown(mean_of([one[key] for one in base])) for key in keys.values()), _seconds(published)]]
+    rows = [
+        [
+            "published",
+            *(shown(mean_of([one[key] for one in base if one is not None])) for key in keys.values()),
+            _seconds(published),
+        ]
+    ]
     for name, result in changed.items():
         sets = result["selections"][OWN]["sets"]
-        paired = [mean_of([a[key] - b[key] for a, b in zip(sets, base, strict=True)]) for key in keys.values()]
+        pairs = [(a, b) for a, b in zip(sets, base, strict=True) if a is not None and b is not None]
+        paired = [mean_of([a[key] - b[key] for a, b in pairs]) for key in keys.values()]
         rows.append([name, *map(shown, paired), _seconds(result)])
     caption = "Below the first row: paired differences to it, mean +- standard error over the data sets."
     return Table(f"{dataset}: LiBI with one thing changed", ["", *keys, "seconds of training"], rows, caption)
