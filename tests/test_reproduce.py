@@ -173,6 +173,23 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert not list(folder.path.glob("*.part")) and not list(folder.path.glob("*.checkpoint"))
 
 
+def test_a_draw_on_which_no_restart_stayed_finite_is_said_to_be_one(tmp_path, monkeypatch):
+    folder = small(tmp_path, "VAE")
+    piece = TINY.piece("LinearJTEx", "VAE")
+    states = pieces.trained(folder, piece, progress=False)
+    states[0][1] = []
+    monkeypatch.setattr(pieces, "trained", lambda *ignored: states)
+    folder.file(piece.name, "json").unlink()
+    found = pieces.result_of(folder, piece)
+    for selection in pieces.SELECTIONS:
+        first, second = found["selections"][selection]["sets"]
+        assert first is not None and second is None
+    results = report.collect(folder)["LinearJTEx"]
+    row = tables.table1("LinearJTEx", results).rows[0]
+    assert row[0] == "VAE (ended on 1 of 2)" and row[4] == tables.number(first["exact"])
+    assert tables.codes("LinearJTEx", results).rows[0][0] == row[0]
+
+
 def test_out_of_time_no_piece_is_begun(tmp_path, capsys):
     assert reproduce.run("table1", "smoke", tmp_path, seconds=-1.0, progress=False) is None
     assert "0 of 12 pieces are done" in capsys.readouterr().out
