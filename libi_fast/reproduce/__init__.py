@@ -109,7 +109,7 @@ def _write(what: str, folder: Any) -> Path:
         print(path)
         return path
     if what == ABLATIONS:
-        every = {
+        every: dict[str, Any] = {
             d: {p.method: pieces.result_of(folder, p) for p in folder.protocol.ablations(d)} for d in folder.protocol.datasets
         }
         for dataset, changed in every.items():

@@ -74,7 +74,7 @@ def write(folder: Folder, results: dict[str, Results]) -> Path:
         source = base64.b64encode(data.getvalue()).decode()
         words = html.escape(texts.FIGURES[name])
         parts += [f'<figure><img alt="{words}" src="data:image/png;base64,{source}"><figcaption>{words}</figcaption></figure>']
-    parts += ["<h2>What the paper's claims look like</h2>", *_paragraphs(texts.CLAIMS), table(times(results))]
+    parts += ["<h2>What the paper's claims look like</h2>", *_paragraphs(texts.claims()), table(times(results))]
     about = ", ".join(f"{k}: {v}" for k, v in machine().items())
     parts += [f"<p>{html.escape(about)}</p>"]
     path = folder.path / "report.html"
