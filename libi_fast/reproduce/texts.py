@@ -49,9 +49,9 @@ the posterior is diagonal, at no cost in likelihood, so that the optimum of the 
 (probabilistic PCA; Lucas et al. 2019): see its row in the table. What the paper prints for the VAE, {printed:.2f}, is
 optimisation that stopped short, and so is part of ours: at a noise variance of 1e-6 the valley is narrow.
 
-CubicJTEx: importance sampling from q with its variance doubled misses the posterior, as the paper says of its own values, and reads
-a good decoder as a bad one. By exact likelihoods the order of the methods is another. The bounds' rows are what the optimiser
-reaches in these epochs, which is not known to be the bounds' optimum.
+CubicJTEx: importance sampling from q, its variance doubled, misses the posterior, as the paper says of its own values, and
+reads a good decoder as a bad one. By exact likelihoods the order of the methods is another. The bounds' rows are what the
+optimiser reaches in these epochs, which is not known to be the bounds' optimum.
 
 Mobius: the differences between the methods are small, of the size of what 252 weights lose by being fitted to 500 rows.
 """
