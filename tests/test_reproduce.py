@@ -258,6 +258,7 @@ def test_contours_hold_the_share_of_points_that_they_say():
     assert inside[0] == pytest.approx(0.95, abs=0.05) and inside[-1] == pytest.approx(0.25, abs=0.08)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_pieces(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "libi_fast.cli",
