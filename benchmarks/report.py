@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from libi_fast.kernels import cpu as native
+from libi_fast.doctor import machine
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads and versions."""
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = f"{names[0]} x {len(names)}" if names else processor
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "jax": version("jax") if importlib.util.find_spec("jax") else None,
-        "compiled library": native.isa() if native.available() else native.why_unavailable(),
-    }
 
 
 def write(name: str, results: Any, folder: Path = RESULTS) -> Path:

@@ -1,4 +1,4 @@
-"""The command line: ``libi-fast fit | evaluate | sample | encode | doctor | demo``.
+"""The command line: ``libi-fast fit | evaluate | sample | encode | doctor | demo | reproduce``.
 
 Bad input (InputError) and a disk that refuses (OSError) end in one line on stderr and exit code 2; any other exception
 is a bug and keeps its traceback. Outputs are checked before the work and appear whole or not at all.
@@ -29,6 +29,7 @@ OWN_OPTIONS = {
     "lagging": ("beta", "segments"),
     "iwae": ("train_samples",),
 }  # fmt: skip
+REPRODUCED = ("table1", "figure1", "figure2", "figure3", "figure4", "figure5", "ablations", "all")
 PARETO_LIMIT = 0.7  # above it the weights' tail is too heavy to trust the estimate (Vehtari et al., arXiv 1507.02646)
 FIT_OPTIONS = ("epochs", "restarts", "survivors", "batch_size", "learning_rate", "tolerance", "log_dir")
 LARGE_FILE = 2**30  # bytes of a .npy file that evaluate reads as it goes along
@@ -36,8 +37,10 @@ LARGE_FILE = 2**30  # bytes of a .npy file that evaluate reads as it goes along
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 (bad input, or the disk refused), 130 (interrupted)."""
+    alike = True
     try:
         options = _parser().parse_args(arguments)
+        alike = options.run is not _reproduce
         with _processes(options):
             options.run(options)
         sys.stdout.flush()
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (InputError, OSError, FloatingPointError) as error:  # the last: training that diverged
-        if os.environ.get("RANK", "0") == "0":  # torchrun's others say the same
+        if os.environ.get("RANK", "0") == "0" or not alike:  # where torchrun's others do the same, they say the same
             print(f"libi-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -180,6 +183,13 @@ def _demo(options: argparse.Namespace) -> None:
     from libi_fast import demo
 
     demo.run(options.out, seed=options.seed, force=options.force, progress=not options.quiet)
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    from libi_fast.reproduce import run
+
+    seconds = None if options.minutes is None else 60 * options.minutes
+    run(options.what, options.protocol, options.out, seconds, options.device, progress=not options.quiet)
 
 
 # --- their parts ---
@@ -453,6 +463,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--force", action="store_true", help="replace an earlier demo")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=_demo)
+
+    reproduce = commands.add_parser("reproduce", help="the paper's Table 1 and Figures 1 to 5, and ours beside them")
+    reproduce.add_argument("what", choices=REPRODUCED, help="all: everything in one HTML report")
+    reproduce.add_argument(
+        "--protocol",
+        choices=("quick", "paper", "smoke"),
+        default="quick",
+        help="quick: one setting a method, at most 30 minutes on two cores; paper: the full grids; smoke: does it run",
+    )
+    reproduce.add_argument("--out", default="reproduce-run", metavar="FOLDER", help="what is done lies there (%(default)s)")
+    reproduce.add_argument("--minutes", type=_positive, metavar="M", help="begin no piece after that; the same command goes on")
+    reproduce.add_argument("--device", default="cpu", help="to train on (default cpu)")
+    reproduce.add_argument("--quiet", action="store_true", help="no progress, only results")
+    reproduce.set_defaults(run=_reproduce)
     return parser
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from libi_fast.errors import InputError
 
+WIDE = 160  # columns of a file, which has no width of its own
+
 
 def require_tables() -> None:
     """Raises InputError where rich is missing: before the work whose result it would print."""
@@ -27,6 +29,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a column called "[red]" is not markup
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
     if caption is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +34,26 @@ def report() -> Iterator[str]:
         yield _package(name, "required: pip install libi-fast")
     for name, use in OPTIONAL.items():
         yield _package(name, f"for {use}: pip install 'libi-fast[full]'")
+
+
+def machine() -> dict[str, Any]:
+    """Date, processor, threads and versions, for files of results."""
+    from libi_fast.kernels import cpu as native
+
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = f"{names[0]} x {len(names)}" if names else processor
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "jax": _version("jax"),
+        "compiled library": native.isa() if native.available() else native.why_unavailable(),
+    }
 
 
 def _compiled_library() -> str:

@@ -401,3 +401,34 @@ def test_every_form_of_the_statistic_trains(hz_method):
         term = libi.step1_terms(Replicas([libi.system]), Rows.whole(d.train))["henze_zirkler"]
         assert term.item() == pytest.approx(math.exp(exact), rel=1e-4)
     assert math.isfinite(exact)
+
+
+def test_finalists_are_those_of_the_highest_likelihood_and_end_in_one():
+    d = lf.data.LinearJTEx(seed=3, train=100, validation=60, test=10)
+    options = {"step1": "quadrature", "repeats": 1, "warm_up": 2, "candidates": 1, "likelihood_share": 0.2}
+    libi = lf.LiBI(d.model(), d.inference(), finalists=1, **options)
+    libi.fit(d.train, d.validation, epochs=90, restarts=4, seed=1, progress=False)
+    selection = libi.history[-1]
+    assert len(selection["objective"]) == 1
+    phases = {r["phase"]: r["epoch"] for r in libi.history if "epoch" in r}
+    assert phases["step 1"] < phases["step 1, joint"] / 3
+    for wrong in ({"finalists": 0}, {"likelihood_share": 1.0}, {"likelihood_share": 0.0}):
+        with pytest.raises(lf.InputError, match=next(iter(wrong))):
+            lf.LiBI(d.model(), d.inference(), **wrong)
+
+
+def test_integrals_are_around_modes_where_codes_are_poor():
+    """An encoder that maps every row to 0 sees nothing of p(x); the modes that are found do."""
+    d = lf.data.CubicJTEx(seed=2, train=40, validation=20, test=10)
+    libi = lf.LiBI(d.model(), d.inference(), step1="quadrature", repeats=1)
+    with torch.no_grad():
+        libi.model.decoder[0].a.copy_(torch.tensor([[0.75, 0.25], [1.5, -1.0]]))
+        for parameter in libi.system.inference.parameters():
+            parameter.zero_()
+    replicas, rows = Replicas([libi.system]), Rows.whole(d.train)
+    blind = replicas.local_log_likelihood(rows.values, libi._centres(replicas, rows, replicas.codes(rows.values), False))
+    laplace = lf.laplace_mixture(libi.model, d.train)
+    replicas.own["modes"] = laplace.mean[torch.arange(40), laplace.log_weights.argmax(1)][None]
+    seen = replicas.local_log_likelihood(rows.values, libi._centres(replicas, rows, replicas.codes(rows.values), False))
+    exact = d.truth.log_likelihood(d.train)
+    assert (seen[0] - exact).abs().mean() < 0.05 < 1 < (blind[0] - exact).abs().mean()

@@ -403,3 +403,16 @@ def test_a_memory_mapped_array_trains_as_the_tensor(tmp_path):
     np.save(tmp_path / "bad.npy", bad)
     with pytest.raises(lf.InputError, match="train holds NaN or infinity at row 321"):
         lf.VAE(*parts(torch.float32)).fit(np.load(tmp_path / "bad.npy", mmap_mode="r"), validation, **options)
+
+
+def test_every_restart_is_kept_where_that_is_asked_for():
+    d = lf.data.LinearJTEx(seed=3, train=60, validation=30, test=10)
+    vae = lf.VAE(d.model(), d.inference())
+    vae.fit(d.train, d.validation, epochs=20, restarts=3, seed=1, progress=False, keep_restarts=True)
+    assert len(vae.restart_states) == 3
+    best = vae.restart_states[vae.history[-1]["restart"]]
+    assert all(torch.equal(value, best[name]) for name, value in vae.state().items())
+    weights = [state["model.decoder.a"] for state in vae.restart_states]
+    assert not torch.equal(weights[0], weights[1])
+    plain = lf.VAE(d.model(), d.inference()).fit(d.train, d.validation, epochs=2, restarts=2, seed=1, progress=False)
+    assert plain.restart_states == []

@@ -169,10 +169,16 @@ class _Batch:
                     raise FloatingPointError(message)
                 warnings.warn(f"{message} (cell {c})", stacklevel=2)
                 continue
+            if self.options.keep_restarts:
+                cell.restart_states = [self._state_of(cell, c * scores.shape[1] + r) for r in range(scores.shape[1])]
             run.replicas.load_into(cell.system, run.best, c * scores.shape[1] + winner)
             cell.system.encoder = None  # h is the mean of q from here on, as in every repeat
             cell.standardizer = self.standardizers[c % len(self.standardizers)]
             cell.columns, cell.training = self.options.columns, self.options.of_the_result()
+
+    def _state_of(self, cell: Method, replica: int) -> dict[str, Tensor]:
+        self.run.replicas.load_into(cell.system, self.run.best, replica)
+        return {name: value.clone() for name, value in cell.state().items()}
 
 
 def _replicas(rows: list[list[Method]], options: FitOptions, seed: int) -> Replicas:

@@ -124,9 +124,24 @@ def draws_of(run: Run, rows: Rows, step: int) -> Tensor:
     if step == VALIDATION_DRAWS:
         return run.replicas.own["held-out draws"]
     z = run.replicas.own["draws"]
-    where = slice(rows.first, rows.first + rows.values.shape[-2]) if rows.places is None else rows.places
+    where = places_of(rows)
     number = (A_STEP * step + torch.arange(min(A_STEP, z.shape[2]))) % z.shape[2]
     return z[:, where][:, :, number]
+
+
+def places_of(rows: Rows) -> slice | Tensor:
+    """Where these rows are among all."""
+    return slice(rows.first, rows.first + rows.values.shape[-2]) if rows.places is None else rows.places
+
+
+@torch.no_grad()
+def keep_modes(run: Run, name: str, rows: Rows) -> None:
+    """The mode of p(z | x) of most mass that is reached from several starts, of every row and replica's own model."""
+    found = []
+    for r, model in enumerate(_models(run.replicas)):
+        laplace = laplace_mixture(model, rows.values if rows.values.dim() == 2 else rows.values[r])
+        found.append(laplace.mean[torch.arange(len(laplace.mean)), laplace.log_weights.argmax(1)])
+    run.replicas.own[name] = torch.stack(found)
 
 
 @torch.no_grad()
@@ -145,7 +160,11 @@ def keep_draws(run: Run, sampler: str, kept: int) -> None:
 
 
 def forget_draws(run: Run) -> None:
-    for name in ("draws", "held-out draws"):
+    forget(run, "draws", "held-out draws")
+
+
+def forget(run: Run, *names: str) -> None:
+    for name in names:
         run.replicas.own.pop(name, None)
 
 

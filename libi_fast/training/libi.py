@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
@@ -24,7 +25,10 @@ from libi_fast.training.inference import (
     check_batches,
     check_mean_field,
     check_objective,
+    forget,
     inference_stages,
+    keep_modes,
+    places_of,
 )
 from libi_fast.training.method import Method, elbo_at_start, fit_decoder
 from libi_fast.training.objectives import importance_terms
@@ -34,6 +38,7 @@ from libi_fast.training.start import copy_encoder, mirror_codes, start_std, use_
 
 STEP1_SHARE = 2 / 3  # of a repeat's epochs
 STEP1 = ("joint", "importance", "quadrature")
+MODES, HELD_OUT_MODES = "modes", "held-out modes"
 
 
 class LiBI(Method):
@@ -55,7 +60,12 @@ class LiBI(Method):
             'importance', log (1/S) sum_s p(x_n, z_s) / q(z_s | x_n) over q as well, the constraints on a draw of q each row;
             'quadrature', log p(x_n) itself, integrated around z_n (latent_dim 1 or 2), while h follows the modes of
             p(z_n | x_n). Its optimum's codes have the prior's law, so hz_weight and the tolerances play no part in it.
-            The last two begin, in the first repeat, with half of step 1's epochs of 'joint'.
+            The last two begin, in the first repeat, with 'joint'.
+        likelihood_share: of the first step 1's epochs, those of 'importance' or 'quadrature', an epoch of which takes a hundred
+            times as long. likelihood_rate: of those, their learning rate in units of fit's: at noise variances of 1e-5 Adam's
+            first steps at the full rate undo what the joint part reached.
+        finalists: restarts that go on to those epochs, or with 'joint' to step 2: the best on held-out rows by what step 1
+            maximises; None lets all go on.
         step2: what step 2 maximises: 'elbo', as published; 'importance', the importance-weighted bound; 'posterior',
             log q(z | x) at draws from p(z | x), of which q then covers all; 'elbo+posterior', half the epochs each.
         sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step; 'sir' or 'hmc', draws
@@ -81,14 +91,16 @@ class LiBI(Method):
     def __init__(
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
-        candidates: int = 4, initial_std: float | None = None, step1: str = "joint", step2: str = "elbo",
-        sampler: str = SAMPLER, num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
+        candidates: int = 4, initial_std: float | None = None, step1: str = "joint", likelihood_share: float = 0.5,
+        likelihood_rate: float = 1.0, finalists: int | None = None, step2: str = "elbo", sampler: str = SAMPLER,
+        num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
         hz_beta: float | None = None,
     ):  # fmt: skip
         for label, value in {
             "hz_weight": hz_weight,
             "covariance_tolerance": covariance_tolerance,
             "mean_tolerance": mean_tolerance,
+            "likelihood_rate": likelihood_rate,
         }.items():
             lib.check_positive(label, value)
         for label, optional in {"initial_std": initial_std, "hz_beta": hz_beta}.items():
@@ -102,6 +114,10 @@ class LiBI(Method):
             if choice not in known:
                 raise InputError(f"{label} must be one of {', '.join(map(repr, known))}, got {choice!r}")
         check_objective("step2", step2, sampler)
+        if not 0 < likelihood_share < 1:
+            raise InputError(f"likelihood_share must lie between 0 and 1, got {likelihood_share}")
+        if finalists is not None:
+            lib.check_count("finalists", finalists, 1)
         if isinstance(constraints, Constraint):
             raise TypeError("constraints must be a list of lf.Constraint objects, got one of them")
         for constraint in constraints:
@@ -114,7 +130,8 @@ class LiBI(Method):
         super().__init__(
             model, inference, encoder, hz_weight=hz_weight, covariance_tolerance=covariance_tolerance,
             mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up,
-            candidates=candidates, initial_std=initial_std, step1=step1, step2=step2, sampler=sampler, num_samples=num_samples,
+            candidates=candidates, initial_std=initial_std, step1=step1, likelihood_share=likelihood_share,
+            likelihood_rate=likelihood_rate, finalists=finalists, step2=step2, sampler=sampler, num_samples=num_samples,
             constraints=tuple(constraints), hz_method=hz_method, hz_beta=hz_beta,
         )  # fmt: skip
         for label, choice in (("step1", step1), ("step2", step2)):
@@ -206,12 +223,28 @@ class LiBI(Method):
     def _quadrature(self, run: Run, rows: Rows, step: int) -> Terms:
         replicas = run.replicas
         z = replicas.codes(rows.values)
-        terms = {"likelihood": -rows.mean(replicas.local_log_likelihood(rows.values, z.detach()))}
+        centres = self._centres(replicas, rows, z.detach(), step == VALIDATION_DRAWS)
+        terms = {"likelihood": -rows.mean(replicas.local_log_likelihood(rows.values, centres))}
         if step != VALIDATION_DRAWS:  # h follows the modes; theta does not follow h
             with replicas.frozen("model."):
                 joint = replicas.log_prob(rows.values, z) - 0.5 * z.square().sum(-1)
             terms["mode"] = -rows.mean(joint - joint.detach())
         return self._constrained(terms, run, rows, z, step)
+
+    @staticmethod
+    @torch.no_grad()
+    def _centres(replicas: Replicas, rows: Rows, z: Tensor, held_out: bool) -> Tensor:
+        """Where the integrals over codes are taken: at the codes z, or at modes that were found as this began, where they are
+        higher: the few rows whose codes are poor would pull theta towards themselves."""
+        name = HELD_OUT_MODES if held_out else MODES
+        if name not in replicas.own:
+            return z
+        modes = replicas.own[name][:, places_of(rows)]
+
+        def joint(codes: Tensor) -> Tensor:
+            return replicas.log_prob(rows.values, codes) - 0.5 * codes.square().sum(-1)
+
+        return torch.where((joint(modes) > joint(z))[..., None], modes, z)
 
     def _weights(self, run: Run) -> Callable[[], list[Any]]:
         return lambda: [self.weight(name, run.replicas) for name in self.weights]
@@ -220,12 +253,14 @@ class LiBI(Method):
         s = self.settings
         prefix = "encoder." if first and run.replicas.template.encoder is not None else "inference."
 
-        def phase(name: str, epochs: int, kind: str = "joint", decay: bool = True, halving: bool = False) -> Phase:
+        def phase(
+            name: str, epochs: int, kind: str = "joint", decay: bool = True, halving: bool = False, rate: float = 1.0
+        ) -> Phase:  # fmt: skip
             terms = {"joint": self._joint, "importance": self._importance, "quadrature": self._quadrature}[kind]
             known = kind == "joint" and s["hz_method"] == "exact" and not s["constraints"]
             return Phase(
                 name, epochs, ("model.", prefix), lambda rows, step: terms(run, rows, step),
-                lambda: terms(run, run.validation, VALIDATION_DRAWS), decay, halving=halving, fixed=name == "candidates",
+                lambda: terms(run, run.validation, VALIDATION_DRAWS), decay, rate, halving, fixed=name == "candidates",
                 objective=Objective("joint", self._weights(run), hz_beta=s["hz_beta"]) if known else None,
             )  # fmt: skip
 
@@ -244,12 +279,27 @@ class LiBI(Method):
             stages += [phase("candidates", warm_up, decay=False)]
             stages += [lambda run: run.keep(run.best_of(run.objective, s["candidates"], 1))]
             epochs -= warm_up
+
+        def finalists(run: Run) -> None:
+            if (count := s["finalists"]) is not None:
+                run.keep(run.best_of(run.objective, run.restarts, min(count, run.restarts)))
+
         if s["step1"] == "joint":
-            return [*stages, phase("step 1", epochs, halving=True)]
-        stages += [phase("step 1, joint", epochs // 2, halving=True)]
+            return [*stages, phase("step 1", epochs, halving=True), finalists]
+        joint = int(epochs * (1 - s["likelihood_share"]))
+        stages += [phase("step 1, joint", joint, halving=True)]
         if s["step1"] == "importance":
             stages += [self._start_std()]
-        return [*stages, phase("step 1", epochs - epochs // 2, s["step1"])]
+        whole = run.options.batch_size is None and run.batches.loader is None and run.batches.source is None
+        modes = s["step1"] == "quadrature" and whole and not distributed.active()
+        if modes:
+            stages += [lambda run: keep_modes(run, HELD_OUT_MODES, run.validation)]
+        if s["finalists"] is not None:
+            stages += [phase("finalists", 0, s["step1"]), finalists]  # no epochs: held-out rows alone
+        if modes:
+            stages += [lambda run: keep_modes(run, MODES, run.train)]
+        stages += [phase("step 1", epochs - joint, s["step1"], rate=s["likelihood_rate"])]
+        return [*stages, lambda run: forget(run, MODES, HELD_OUT_MODES)] if modes else stages
 
     # --- step 2 ---
 

@@ -73,6 +73,7 @@ class Method:
         self.history: list[dict[str, Any]] = []
         self.data: dict[str, Any] = {}  # notes on the data, from the run folder
         self.training: dict[str, Any] = {}  # the arguments of fit
+        self.restart_states: list[dict[str, Tensor]] = []  # as state(), where fit was asked to keep them
         self.standardizer: Standardizer | None = None
         self.columns: list[str] | None = None
         self.system = make_system(model, inference, encoder, 0, fresh=False)
@@ -87,7 +88,7 @@ class Method:
         self, train: Any, validation: Any = None, *, epochs: int = 30_000, restarts: int = 1, survivors: int | None = None,
         seed: int = 0, batch_size: int | None = None, learning_rate: float = 0.01, tolerance: float | None = None,
         patience: int = 200, standardize: bool = False, columns: list[str] | None = None, early_stopping: bool = False,
-        warm_start: bool = False, autocast: str | None = None, memory: int = 2**30,
+        warm_start: bool = False, autocast: str | None = None, memory: int = 2**30, keep_restarts: bool = False,
         checkpoint: str | PathLike[str] | None = None, checkpoint_seconds: float = 30.0, resume: bool = False,
         log_dir: str | PathLike[str] | None = None, progress: bool = True,
     ) -> Method:  # fmt: skip
@@ -113,6 +114,7 @@ class Method:
             memory: bytes that activations and gradients may take, about; restarts that need more are worked on in blocks of 16
                 or a multiple. More than 16 are always filled up to such a multiple, and the result has the same bits in
                 any blocks (on the CPU with up to 2 threads; a network with dropout draws other masks).
+            keep_restarts: keep what every restart that was left ended with in ``restart_states``, to choose by something else.
             checkpoint: a file that is replaced every ``checkpoint_seconds`` at the end of an epoch and deleted once training
                 has ended. resume: go on from it where it exists; on the same machine and as many threads the result has the
                 bits of a run that was never cut off.
@@ -138,8 +140,9 @@ class Method:
         options = FitOptions(
             epochs=epochs, restarts=restarts, survivors=survivors, seed=seed, batch_size=batch_size,
             learning_rate=learning_rate, tolerance=tolerance, patience=patience, standardize=standardize, columns=columns,
-            early_stopping=early_stopping, warm_start=warm_start, autocast=autocast, memory=memory, checkpoint=checkpoint,
-            checkpoint_seconds=checkpoint_seconds, resume=resume, log_dir=log_dir, progress=progress,
+            early_stopping=early_stopping, warm_start=warm_start, autocast=autocast, memory=memory,
+            keep_restarts=keep_restarts, checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, resume=resume,
+            log_dir=log_dir, progress=progress,
         )  # fmt: skip
         train_batches([[[self]]], [(train, validation)], options)
         return self

@@ -34,6 +34,7 @@ class FitOptions:
     warm_start: bool = False
     autocast: str | None = None
     memory: int = 2**30
+    keep_restarts: bool = False
     checkpoint: str | PathLike[str] | None = None
     checkpoint_seconds: float = 30.0
     resume: bool = False
@@ -63,7 +64,7 @@ class FitOptions:
 
     def of_the_result(self) -> dict[str, Any]:
         """Those that decide what comes out, and so what a checkpoint must agree with."""
-        elsewhere = ("memory", "checkpoint", "checkpoint_seconds", "resume", "log_dir", "progress")
+        elsewhere = ("memory", "keep_restarts", "checkpoint", "checkpoint_seconds", "resume", "log_dir", "progress")
         return {k: v for k, v in asdict(self).items() if k not in elsewhere}
 
 
