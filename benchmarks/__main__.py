@@ -96,7 +96,9 @@ def sweep(options: argparse.Namespace, name: str) -> int:
     report.print_sweep(found)
     machine = report.machine()
     print(f"-> {report.write(name, found, options.out)}")
-    print(f"-> {plots.sweep(found, plots.caption(machine, {machine['date']}), options.out / f'{name}.png')}")
+    axes = () if name == "sweep" else ("replicas", "ms an epoch, best")
+    picture = plots.sweep(found, plots.caption(machine, {machine["date"]}), options.out / f"{name}.png", *axes)
+    print(f"-> {picture}")
     points = [p for factors in found.values() for points in factors.values() for p in points]
     return int(any("refused" in p for p in points))
 

@@ -97,8 +97,9 @@ def plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def sweep(found: dict[str, Any], about: str, path: Path) -> Path:
-    """Small multiples: a row a workload, a column a factor, milliseconds of ours and of the fastest form of each kind."""
+def sweep(found: dict[str, Any], about: str, path: Path, x: str = "", y: str = "ms, best") -> Path:
+    """Small multiples: a row a workload, a column a factor, milliseconds of ours and of the fastest form of each kind; x, y: what
+    stands at the axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,7 +137,8 @@ def sweep(found: dict[str, Any], about: str, path: Path) -> Path:
             axis.grid(color="#e4e4e4", linewidth=0.6)
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_title(f"{name}, {factor}", fontsize=9, loc="left")
-        line[0].set_ylabel("ms, best", fontsize=8)
+            axis.set_xlabel(x, fontsize=8)
+        line[0].set_ylabel(y, fontsize=8)
     figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), fontsize=8, frameon=False)
     figure.suptitle(about, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
