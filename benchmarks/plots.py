@@ -98,8 +98,8 @@ def plain_ticks(axis: Any) -> None:
 
 
 def sweep(found: dict[str, Any], about: str, path: Path, x: str = "", y: str = "ms, best") -> Path:
-    """Small multiples: a row a workload, a column a factor, milliseconds of ours and of the fastest form of each kind; x, y: what
-    stands at the axes."""
+    """Small multiples: a row a workload, a column a factor, milliseconds of ours and of the fastest form of each kind; x, y:
+    what stands at the axes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -159,7 +159,7 @@ def test_unknown_steps_and_no_gpu(capsys):
 
 def test_every_step_exists():
     names = [s.name for s in gpu.steps()]
-    assert names[0] == "install" and names[-9:] == ["sanitize", "W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7"]
+    assert names[0] == "install" and names[-10:] == ["sanitize", "W1", "W2", "W3", "W4a", "W4b", "W5", "W6", "W7", "W8"]
     assert {"test_gpu_only", "test_gpu_random", "test_gpu_importance_wide", "test_gpu_smooth_knn"} <= set(names[1:-9])
     assert all(s.limit <= 540 and s.command[0] == "{python}" for s in gpu.steps()) and sys.executable
     assert len(gpu.digest()) == 16
