@@ -410,6 +410,12 @@ def small_cases() -> None:
     lf.log_likelihood(model, x, num_samples=300, seed=0, pareto=True)
     for k, alphas in ((1, 1.0), (4, (1.0, 2.0)), (22, 1.0), (4, 100.0)):
         lf.smooth_knn(*torch.randn(2, 3, 13, 2, device="cuda"), k=k, alphas=alphas)
+    d = lf.data.LinearJTEx(seed=0, train=70, validation=40)
+    for fit in (
+        lf.LiBI(d.model().cuda(), d.inference().cuda(), repeats=1, warm_up=2),
+        lf.VAE(d.model().cuda(), d.inference().cuda()),
+    ):
+        fit.fit(d.train.cuda(), d.validation.cuda(), epochs=4, restarts=2, progress=False)
     for method in ("hmc", "random-walk", "sir"):
         lf.sample_posterior(model, x, 20, method=method, seed=0)
     torch.cuda.synchronize()

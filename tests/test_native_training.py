@@ -122,6 +122,24 @@ def test_a_replica_that_is_no_number_stays_alone(objective):
         assert torch.equal(ours[[0, 2]], theirs[[0, 2]])
 
 
+def test_rows_that_are_not_there_do_no_harm():
+    """The encoder's standard deviation is e^99 at x = 0, where no row is, and small where they are."""
+    ends = []
+    for form, dtype in ((reference.run, F64), (cpu.train, F32)):
+        p = problem("one code", "elbo", dtype, replicas=1, rows=20, sets=1)
+        encoder = network(1, [3, 7, 2], ["softplus", "identity"])
+        tensors = [0.01 * t.to(dtype) for t in encoder.parameters]
+        tensors[0][0, 0] = torch.tensor([-30.0, 0.0, 0.0])  # softplus(99 - 30 x) is 99 at 0, and 0 at x = 4
+        tensors[1][0, 0] = 99.0
+        tensors[2][0, 1] = torch.tensor([1.0, 0, 0, 0, 0, 0, 0])
+        x = p.x.clone()
+        x[..., 0] = 4 + 0.01 * x[..., 0]
+        ends.append(trained(form, p._replace(x=x, encoder=encoder.with_parameters(tensors)), 3))
+    expected, found = ends
+    assert torch.isfinite(expected[0]).all()
+    assert torch.allclose(found[0].double(), expected[0], rtol=1e-4)
+
+
 def test_no_epochs_and_no_replicas():
     p = problem("LinearJTEx", "joint")
     terms, q, _ = trained(cpu.train, p, 0)

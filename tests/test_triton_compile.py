@@ -194,6 +194,7 @@ WORKLOADS: dict[str, Callable[[], list[gpu.Launch]]] = {
     "training, most registers": lambda: [
         *training_launches("widest", "joint"),
         *training_launches("LinearJTEx", "closed elbo"),
+        *training_launches("deep", "elbo of three draws"),
     ],
     "W9": lambda: [*annealing_launches(W2, 20, 16), *annealing_launches(W2, 10_000, 16), *annealing_launches(W2, 20, 16, 0.1)],
     "annealing, most registers": lambda: [

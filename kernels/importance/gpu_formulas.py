@@ -25,8 +25,14 @@ def sigmoid(a):
 
 
 @triton.jit
+def relu(a):
+    """NaN stays: the hardware's plain maximum would make 0 of it."""
+    return tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def softplus(a):
-    return tl.maximum(a, 0.0) + log_unit(1.0 + exp(-tl.abs(a)))
+    return relu(a) + log_unit(1.0 + exp(-tl.abs(a)))
 
 
 @triton.jit
@@ -38,7 +44,7 @@ def gauss_cdf(a):
 def activation(a, NAME: tl.constexpr):
     """The function NAME of reference.ACTIVATIONS."""
     if NAME == "relu":
-        h = tl.maximum(a, 0.0)
+        h = relu(a)
     elif NAME == "tanh":
         h = 1.0 - 2.0 / (1.0 + exp(2.0 * a))
     elif NAME == "sigmoid":
@@ -54,7 +60,7 @@ def activation(a, NAME: tl.constexpr):
     elif NAME == "leaky_relu":
         h = tl.where(a > 0.0, a, 0.01 * a)
     elif NAME == "elu":
-        h = tl.where(a > 0.0, a, exp(tl.minimum(a, 0.0)) - 1.0)
+        h = tl.where(a > 0.0, a, exp(tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)) - 1.0)
     else:
         tl.static_assert(NAME == "identity", "unknown activation")
         h = a

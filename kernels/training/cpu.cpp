@@ -104,7 +104,9 @@ private:
     void take_rows(int64_t r) {
         const T* const x = static_cast<const T*>(call_.x) + call_.set[r] * call_.rows * call_.columns;
         for (int64_t n = 0; n < encoder_.panels * kPanel<T>; ++n) {
-            for (int64_t d = 0; d < call_.columns; ++d) at(x_, d, n) = n < call_.rows ? x[n * call_.columns + d] : 0;
+            // Past the last row stand copies of it: their gradients are 0, which times a number out of range would be none.
+            const T* const row = x + std::min(n, call_.rows - 1) * call_.columns;
+            for (int64_t d = 0; d < call_.columns; ++d) at(x_, d, n) = row[d];
             at(x_, call_.columns, n) = 1;
             at(z_, call_.latents, n) = 1;
         }
@@ -254,9 +256,9 @@ private:
             if (error != kOk) return error;
             const double each = share / static_cast<double>(call_.samples);
             for (int64_t s = 0; s < call_.samples; ++s) {
-                for (int64_t i = 0; i < encoder_.panels * kPanel<T>; ++i)  // past the last row 0, or what stood there would grow
+                for (int64_t i = 0; i < encoder_.panels * kPanel<T>; ++i)
                     for (int64_t l = 0; l < latents; ++l)
-                        at(z_, l, i) = i < n ? noise_[(i * call_.samples + s) * latents + l] : 0;
+                        at(z_, l, i) = noise_[(std::min(i, n - 1) * call_.samples + s) * latents + l];
                 over(latents, [&](int64_t l, int64_t row) {
                     T* const z = &at(z_, l, row);
                     store<T>(z, multiply_add(exp_of<T>(load<T>(&at(q, latents + l, row))), load<T>(z), load<T>(&at(q, l, row))));

@@ -512,7 +512,7 @@ def train_kernel(
         if OBJECTIVE == "joint":
             for first in range(0, n, ROWS):
                 row = first + lane
-                here = tl.load(x + row * D + column, mask=(row < n) & (column < D), other=0.0)
+                here = tl.load(x + tl.minimum(row, n - 1) * D + column, mask=column < D, other=0.0)
                 tl.store(encoder + column * ROWS + lane, here, mask=column < D)
                 tl.debug_barrier()
                 forward(encoder, table, maps, ENCODER, ROWS)
@@ -537,7 +537,9 @@ def train_kernel(
             row = first + lane
             inside = (row < n) & (column < D)
             known = (row < n) & (code < L)
-            here = tl.load(x + row * D + column, mask=inside, other=0.0)
+            # Past the last row stand copies of it: their gradients are 0, which times a number out of range would be none.
+            source = tl.minimum(row, n - 1)
+            here = tl.load(x + source * D + column, mask=column < D, other=0.0)
             tl.store(encoder + column * ROWS + lane, here, mask=column < D)
             tl.debug_barrier()
             forward(encoder, table, maps, ENCODER, ROWS)
@@ -551,7 +553,7 @@ def train_kernel(
                 kl += whole(tl.where(known, 0.5 * (q * q + std * std - 1.0) - log_std, 0.0)).to(tl.float64)
             if ELBO and not CLOSED:
                 for s in range(0, samples):
-                    moved = std * noise_of(key, row.to(tl.uint32), s, again, last, code, L)
+                    moved = std * noise_of(key, source.to(tl.uint32), s, again, last, code, L)
                     tl.store(decoder + code * ROWS + lane, q + moved, mask=code < L)
                     tl.debug_barrier()
                     forward(decoder, table, maps, DECODER, ROWS)
@@ -754,9 +756,9 @@ def run(problem: Problem, adam: Adam, rates: Sequence[float], rises: Sequence[fl
             train_kernel, (replicas,), p.x.contiguous(), p.dataset.to(device), table, means, squares, adam.usual, variance,
             p.weights.to(device, torch.float64).contiguous(), schedule_of(rates, rises, adam.steps, device),
             constants_of(n, latents, p.hz_beta, device), diagonals_of((p.encoder, p.decoder), device),
-            p.x.new_empty((replicas, room)), p.x.new_empty((replicas, double_room), dtype=torch.float64), p.draws.seed,
-            p.draws.replicas.to(device), out, n, epochs, replicas, adam.steps, p.draws.repetition, p.draws.stream, p.samples,
-            points, table.shape[1], means.shape[1], room, double_room, float(adam.epsilon),
+            p.x.new_empty((replicas, room)), p.x.new_empty((replicas, double_room), dtype=torch.float64),
+            p.draws.seed.to(device), p.draws.replicas.to(device), out, n, epochs, replicas, adam.steps, p.draws.repetition,
+            p.draws.stream, p.samples, points, table.shape[1], means.shape[1], room, double_room, float(adam.epsilon),
             OBJECTIVE=p.objective, LIKELIHOOD=p.likelihood, CLOSED=p.closed, ENCODER=encoder, DECODER=decoder,
             MOVES_ENCODER=p.encoder.trained, MOVES_DECODER=p.decoder.trained, L=latents, WIDTH=width_of(latents), JOINT=JOINT,
             ROWS=rows, PAIRS=64 if latents <= 2 else 32, BLOCK=BLOCK, STEP=32 * WARPS, num_warps=WARPS, **limit,

@@ -106,7 +106,8 @@ class Run:
         self, replicas: Replicas, cells: int, batches: Batches, validation: Tensor, seed: Tensor, options: FitOptions,
         checkpoint: Checkpoint, bar: tqdm, log: Log, codes: float = 1,
     ):  # fmt: skip
-        self.replicas, self.cells, self.batches, self.seed = replicas, cells, batches, seed
+        self.replicas, self.cells, self.batches = replicas, cells, batches
+        self.seed = seed.to(replicas.own["ids"].device)  # where random numbers are drawn
         self._validation = Rows.whole(validation)
         self.options, self.checkpoint, self.bar, self.log = options, checkpoint, bar, log
         self.histories: list[list[dict[str, Any]]] = [[] for _ in range(cells)]
