@@ -80,7 +80,7 @@ def test_every_activation_in_both_networks(name):
     assert distance(doubled(found[1].parameters), expected[1].parameters) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [2, 32, 33, 64, 65, 129])
+@pytest.mark.parametrize("rows", [2, 33, 64, 129])
 @pytest.mark.parametrize("objective", ["joint", "elbo"])
 def test_any_number_of_rows(rows, objective):
     expected, found = (
