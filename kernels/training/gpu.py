@@ -4,7 +4,7 @@ A replica's epochs follow one another in one program, so no launch waits for ano
 parameters stand in a row of a table, layer by layer as [units, inputs + bias], beside Adam's moments. A block of points goes
 through both networks and back, layer by layer through a workspace in memory that the caches hold, units in rows and points in
 lanes; a row of ones stands behind the last unit, so that a bias is a weight like the others. Products are sums of outer
-products: of 64 units by 64 points a thread has 32 sums, and a step of the loop 9 loads. What all points take part in, codes,
+products: of 64 units by 32 points a thread has 16 sums, and a step of the loop 5 loads. What all points take part in, codes,
 whitened codes and the statistic's slopes, has its own place there (henze_zirkler/gpu_whitening.py states the maths).
 
 Bound of an epoch of 500 points and two codes: 250,000 exponentials of pairs at 16 a cycle and 8.5 instructions a pair in 128
@@ -53,6 +53,7 @@ LINES = 768  # of both networks' workspaces at most: more layers that wide, and 
 CODES = 4  # latents at most
 JOINT = 8  # rows of a map chol(A A' + B) at most
 MOST_ROWS = 4096  # whose pairs one program goes through
+ROWS = 32  # points of a block of the networks: of 64 Triton 3.6 spills
 BLOCK = 128  # points of a block of the moments
 WARPS = 4
 REGISTERS = 255  # two programs a multiprocessor; left to itself the assembler may choose 168, and spill
@@ -747,8 +748,7 @@ def run(problem: Problem, adam: Adam, rates: Sequence[float], rises: Sequence[fl
     encoder, decoder = (described(network, 0 if network is networks[0] else first) for network in (p.encoder, p.decoder))
     points = triton.cdiv(n, BLOCK) * BLOCK
     double_room = 2 * JOINT**2 * (layers(encoder) + layers(decoder)) + 3 * latents * (latents + 1)
-    rows = 32 if gpu.amd() else 64  # points of a block of the networks
-    room = 4 * latents * points + (lines_of(encoder) + lines_of(decoder)) * rows + 2 * table.shape[1]
+    room = 4 * latents * points + (lines_of(encoder) + lines_of(decoder)) * ROWS + 2 * table.shape[1]
     limit = {} if gpu.amd() else {"maxnreg": REGISTERS}
     variance = p.variance.expand(columns).contiguous() if p.likelihood == "gaussian" else p.variance
     with gpu.device_of(p.x):
@@ -761,7 +761,7 @@ def run(problem: Problem, adam: Adam, rates: Sequence[float], rises: Sequence[fl
             p.draws.stream, p.samples, points, table.shape[1], means.shape[1], room, double_room, float(adam.epsilon),
             OBJECTIVE=p.objective, LIKELIHOOD=p.likelihood, CLOSED=p.closed, ENCODER=encoder, DECODER=decoder,
             MOVES_ENCODER=p.encoder.trained, MOVES_DECODER=p.decoder.trained, L=latents, WIDTH=width_of(latents), JOINT=JOINT,
-            ROWS=rows, PAIRS=64 if latents <= 2 else 32, BLOCK=BLOCK, STEP=32 * WARPS, num_warps=WARPS, **limit,
+            ROWS=ROWS, PAIRS=64 if latents <= 2 else 32, BLOCK=BLOCK, STEP=32 * WARPS, num_warps=WARPS, **limit,
         )  # fmt: skip
     for of, numbers in ((moving, table), (state[0], means), (state[1], squares)):
         take_back(of, numbers)
