@@ -173,6 +173,11 @@ class GaussianMixture(Proposal):
     def expectation(self) -> Tensor:
         return (self.log_weights.exp()[..., None] * self.mean).sum(1)
 
+    def heaviest(self) -> Tensor:
+        """The mean of each row's component of most weight, [N, L]."""
+        rows = torch.arange(self.rows, device=self.mean.device)
+        return self.mean[rows, self.log_weights.argmax(1)]
+
     def standard_deviations(self) -> Tensor:
         second = self.mean.square() + self.scale_tril.square().sum(-1)
         variance = (self.log_weights.exp()[..., None] * second).sum(1) - self.expectation().square()

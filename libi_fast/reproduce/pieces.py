@@ -10,14 +10,14 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from libi_fast.data.files import atomic_path
 from libi_fast.doctor import machine
 from libi_fast.errors import InputError
 from libi_fast.reproduce import measure, published, references
@@ -60,20 +60,9 @@ class Folder:
         return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        with whole(self.file(name, "json")) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place once it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.file(name, "json")) as path:
+            Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def identity_of(protocol: Protocol, piece: Piece | None, dataset: str) -> dict[str, Any]:
@@ -125,7 +114,7 @@ def trained(folder: Folder, piece: Piece, progress: bool) -> list[list[list[dict
                     state = fitted.restart_states[restart]
                     tensors |= {f"{s}/{k}/{place}/{name}": value.cpu() for name, value in state.items()}
         seconds = time.perf_counter() - start
-        with whole(path) as temporary:
+        with atomic_path(path) as temporary:
             save_file(tensors, temporary, {"identity": identity, "seconds": str(seconds)})
     return _read_states(path, identity, len(piece.grid), len(protocol.seeds))
 

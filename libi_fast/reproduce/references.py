@@ -54,9 +54,7 @@ def nearly_exact(model: LatentVariableModel, x: Tensor) -> float:
     model, x = in_double(model), x.double()
     found = _without_search(model, x)
     if found is None:
-        laplace = laplace_mixture(model, x)
-        modes = laplace.mean[torch.arange(len(x), device=x.device), laplace.log_weights.argmax(1)]
-        found = local_log_likelihood(model, x, modes)
+        found = local_log_likelihood(model, x, laplace_mixture(model, x).heaviest())
     return float(found.mean())
 
 

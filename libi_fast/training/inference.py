@@ -139,8 +139,7 @@ def keep_modes(run: Run, name: str, rows: Rows) -> None:
     """The mode of p(z | x) of most mass that is reached from several starts, of every row and replica's own model."""
     found = []
     for r, model in enumerate(_models(run.replicas)):
-        laplace = laplace_mixture(model, rows.values if rows.values.dim() == 2 else rows.values[r])
-        found.append(laplace.mean[torch.arange(len(laplace.mean)), laplace.log_weights.argmax(1)])
+        found.append(laplace_mixture(model, rows.values if rows.values.dim() == 2 else rows.values[r]).heaviest())
     run.replicas.own[name] = torch.stack(found)
 
 
