@@ -186,28 +186,37 @@ def measure_cases(
     tasks: Iterator[tuple[str, Case, float]], card: Card, result: dict[str, Any], keep: Callable[[], None]
 ) -> None:
     result |= {"summary": [], "sizes": {}}
-    for name, case, cycles in tasks:
-        start = time.perf_counter()
-        finish(case.ours())
-        found = result["sizes"][name] = {"size": case.size, "first call s": time.perf_counter() - start, "forms": {}}
-        found["error"] = case.right()
-        keep()
-        if not found["error"]["allowed"]:
-            raise SystemExit(f"{case.name} is wrong on this GPU: {found['error']}")
-        entries = found["forms"]
-        good = {f.name: f.run for f in case.forms() if tried(f, case, entries.setdefault(f.name, {}), keep)}
-        times = found["interleaved"] = interleaved({"libi_fast": case.ours, **good})
-        matmul_rate("ieee")  # so that the clock is that of work
-        clock, processors = card.now()["sm MHz"], torch.cuda.get_device_properties(0).multi_processor_count
-        ours, peer = times["libi_fast"], min(good, key=lambda form: times[form]["median ms"], default=None)
-        result["summary"].append({
-            "precision": name, "median ms": ours["median ms"], "peer": peer,
-            "ratio": None if peer is None else times[peer]["median ms"] / ours["median ms"],
-            "share of bound": None if clock is None else cycles / (processors * clock * 1e3) / ours["median ms"],
-            "peak bytes": peak_memory(case.ours),
-        })  # fmt: skip
-        found |= {"energy": spent(card, case.ours), "profile": profile(case.ours)}
-        keep()
+    for task in tasks:
+        measure_case(*task, card, result, keep)
+
+
+def measure_case(
+    name: str, case: Case, cycles: float, card: Card, result: dict[str, Any], keep: Callable[[], None]
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """-> ours and the peers that return our numbers, and their times; a line of the summary, and all under ``sizes``."""
+    start = time.perf_counter()
+    finish(case.ours())
+    found = result["sizes"][name] = {"size": case.size, "first call s": time.perf_counter() - start, "forms": {}}
+    found["error"] = case.right()
+    keep()
+    if not found["error"]["allowed"]:
+        raise SystemExit(f"{case.name} is wrong on this GPU: {found['error']}")
+    entries = found["forms"]
+    good = {f.name: f.run for f in case.forms() if tried(f, case, entries.setdefault(f.name, {}), keep)}
+    runs = {"libi_fast": case.ours, **good}
+    times = found["interleaved"] = interleaved(runs)
+    matmul_rate("ieee")  # so that the clock is that of work
+    clock, processors = card.now()["sm MHz"], torch.cuda.get_device_properties(0).multi_processor_count
+    ours, peer = times["libi_fast"], min(good, key=lambda form: times[form]["median ms"], default=None)
+    result["summary"].append({
+        "precision": name, "median ms": ours["median ms"], "peer": peer,
+        "ratio": None if peer is None else times[peer]["median ms"] / ours["median ms"],
+        "share of bound": None if clock is None else cycles / (processors * clock * 1e3) / ours["median ms"],
+        "peak bytes": peak_memory(case.ours),
+    })  # fmt: skip
+    found |= {"energy": spent(card, case.ours), "profile": profile(case.ours)}
+    keep()
+    return runs, times
 
 
 # --- W7 ---
@@ -218,31 +227,14 @@ LEAPFROG = 1015  # instructions of a lane, with its share of a transition (kerne
 def measure_chains(card: Card, result: dict[str, Any], keep: Callable[[], None], quick: bool) -> None:
     result |= {"summary": [], "sizes": {}}
     for rows, transitions in [(8, 40)] if quick else [(100, 1000), (10_000, 1000)]:
-        task = chains.task_of(rows, chains.CHAINS, transitions, "cuda")
-        case = chains.case(task, quick)
-        found = result["sizes"][case.size] = {"forms": {}, "error": case.right()}
-        keep()
-        if not found["error"]["allowed"]:
-            raise SystemExit(f"chains are wrong on this GPU: {found['error']}")
-        entries = found["forms"]
-        good = {f.name: f.run for f in case.forms() if tried(f, case, entries.setdefault(f.name, {}), keep)}
-        times = found["interleaved"] = interleaved({"libi_fast": case.ours, **good})
-        matmul_rate("ieee")  # so that the clock is that of work
-        clock, lanes = card.now()["sm MHz"], 128 * torch.cuda.get_device_properties(0).multi_processor_count
-        ours, peer = times["libi_fast"], min(good, key=lambda name: times[name]["median ms"], default=None)
-        bound = None if clock is None else task.count * LEAPFROG / (lanes * clock * 1e6)
-        result["summary"].append({
-            "precision": f"N={rows}", "median ms": ours["median ms"], "peer": peer,
-            "ratio": None if peer is None else times[peer]["median ms"] / ours["median ms"],
-            "share of bound": None if bound is None else 1e3 * bound / ours["median ms"],
-            "leapfrogs a second": 1e3 * task.count / ours["median ms"], "peak bytes": peak_memory(case.ours),
-        })  # fmt: skip
-        found["energy"] = spent(card, case.ours)
-        keep()
+        task, name = chains.task_of(rows, chains.CHAINS, transitions, "cuda"), f"N={rows}"
+        cycles = task.count * LEAPFROG / 128
+        runs, times = measure_case(name, chains.case(task, quick), cycles, card, result, keep)
+        result["summary"][-1]["leapfrogs a second"] = 1e3 * task.count / times["libi_fast"]["median ms"]
         if rows <= chains.ROWS:
-            best = {name: t["median ms"] for name, t in times.items()}
-            found["worth"] = chains.effective(task, {"libi_fast": case.ours, **good}, best)
-            keep()
+            best = {form: t["median ms"] for form, t in times.items()}
+            result["sizes"][name]["worth"] = chains.effective(task, runs, best)
+        keep()
 
 
 def tried(form: Form, case: Case, entry: dict[str, Any], keep: Callable[[], None]) -> bool:

@@ -45,19 +45,6 @@ class Task(NamedTuple):
     problem: op.Problem
     epochs: int
 
-    def on(self, device: str) -> Task:
-        p = self.problem
-
-        def moved(net: op.Network) -> op.Network:
-            diagonals = [None if d is None else d.to(device) for d in net.diagonals]
-            return net.with_parameters([t.to(device) for t in net.parameters])._replace(diagonals=diagonals)
-
-        draws = p.draws._replace(seed=p.draws.seed.to(device), replicas=p.draws.replicas.to(device))
-        tensors = {name: getattr(p, name).to(device) for name in ("x", "dataset", "variance", "weights")}
-        return self._replace(
-            problem=p._replace(**tensors, encoder=moved(p.encoder), decoder=moved(p.decoder), draws=draws)
-        )  # fmt: skip
-
     def copy(self, dtype: torch.dtype = torch.float32) -> op.Problem:
         p = self.problem
         encoder, decoder = (n.with_parameters([t.to(dtype, copy=True) for t in n.parameters]) for n in (p.encoder, p.decoder))
@@ -101,14 +88,7 @@ def regular(problem: op.Problem, count: int) -> op.Problem:
     codes = problem.encoder(problem.x[problem.dataset])[..., : problem.latent_dim]
     kept = (~statistic.whiten(codes)[2]).nonzero().flatten()[:count]
     assert len(kept) == count
-
-    def chosen(net: op.Network) -> op.Network:
-        return net.with_parameters([t[kept].contiguous() for t in net.parameters])
-
-    return problem._replace(
-        dataset=problem.dataset[kept], encoder=chosen(problem.encoder), decoder=chosen(problem.decoder),
-        weights=problem.weights[kept], draws=problem.draws._replace(replicas=problem.draws.replicas[kept]),
-    )  # fmt: skip
+    return problem.only(kept)
 
 
 def adam(problem: op.Problem) -> op.Adam:
@@ -288,7 +268,8 @@ def compared(found: tuple[Any, ...], truth: Result, epochs: int) -> dict[str, An
 
 
 def case(name: str, replicas: int, rows: int, epochs: int, device: str = "cpu", few: bool = False) -> Case:
-    task, backend = task_of(name, replicas, rows, epochs).on(device), "cpu" if device == "cpu" else "triton"
+    task, backend = task_of(name, replicas, rows, epochs), "cpu" if device == "cpu" else "triton"
+    task = task._replace(problem=task.problem.on(device))
     kept: list[Result] = []
 
     def error(found: tuple[Any, ...]) -> dict[str, Any]:

@@ -30,6 +30,15 @@ def points(n: int, d: int, kind: str = "normal", dtype: torch.dtype = torch.floa
     return z
 
 
+def far_apart(size: int, device: torch.device, folder: Path) -> Tensor:
+    """[size] float32, of which few numbers are to be used: on the CPU a sparse file; skips where a GPU lacks the room."""
+    if device.type != "cuda":
+        return torch.from_file(str(folder / "sparse"), shared=True, size=size)
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("less than 12 GiB of GPU memory free")
+    return torch.empty(size, device=device)
+
+
 def check_same_bits_for_any_number_of_threads(digest: Callable[[], str]) -> None:
     before = torch.get_num_threads()
     try:

@@ -16,7 +16,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from offline import TARGETS, Key, Resources, key_of, resources
-from training_problems import fresh, on, problem
+from training_problems import fresh, problem
 
 from libi_fast.kernels import gpu
 from libi_fast.kernels.annealing import gpu as annealing
@@ -135,7 +135,7 @@ def pairs_launches(replicas: int, n: int, d: int, beta: float, gradient: bool = 
 
 
 def training_launches(system: str, objective: str) -> list[gpu.Launch]:
-    p = on(META, problem(system, objective, torch.float32, replicas=100, rows=500))
+    p = problem(system, objective, torch.float32, replicas=100, rows=500).on(META)
     with gpu.recorded() as launches:
         training.run(p, fresh(p), [0.01] * 10, [1.0] * 10)
     return launches

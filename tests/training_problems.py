@@ -6,6 +6,7 @@ import math
 import torch
 
 from libi_fast.kernels.importance.reference import Draws, reference_normal
+from libi_fast.kernels.training import reference
 from libi_fast.kernels.training.reference import Adam, Network, Problem
 
 F32, F64 = torch.float32, torch.float64
@@ -71,20 +72,6 @@ def copied(p, dtype=None):
     return p._replace(x=p.x.to(dtype), encoder=of(p.encoder), decoder=of(p.decoder), variance=p.variance.to(dtype))
 
 
-def on(device, p):
-    """The problem on a device."""
-
-    def of(net):
-        diagonals = [None if d is None else d.to(device) for d in net.diagonals]
-        return net.with_parameters([t.to(device) for t in net.parameters])._replace(diagonals=diagonals)
-
-    return p._replace(
-        x=p.x.to(device), dataset=p.dataset.to(device), encoder=of(p.encoder), decoder=of(p.decoder),
-        variance=p.variance.to(device), weights=p.weights.to(device),
-        draws=p.draws._replace(seed=p.draws.seed.to(device), replicas=p.draws.replicas.to(device)),
-    )  # fmt: skip
-
-
 def fresh(p, steps=0):
     means, squares = ([torch.zeros_like(t) for t in p.parameters] for _ in range(2))
     return Adam(means, squares, p.x.new_zeros(len(p.dataset)), steps)
@@ -107,3 +94,33 @@ def cases():
     """(system, objective); in closed form where noise is Gaussian and the decoder linear."""
     systems = [s for s in SYSTEMS if s != "widest"]
     return [(s, o) for s in systems for o in OBJECTIVES if not OBJECTIVES[o][2] or s in ("LinearJTEx", "Gaussian")]
+
+
+# --- checks that hold for every kernel; ``run``: as reference.run ---
+
+
+def check_the_others_are_as_they_were(good, spoiled):
+    """Of three replicas the second is no number; what `trained` gave before and after."""
+    terms, q, adam = spoiled
+    assert torch.isnan(terms[:, 1, 0]).all() and torch.isnan(adam.usual[1])
+    assert torch.isfinite(terms[:, [0, 2]]).all()
+    for ours, theirs in zip(q.parameters, good[1].parameters, strict=True):
+        assert torch.equal(ours[[0, 2]], theirs[[0, 2]])
+
+
+def check_rows_that_are_not_there_do_no_harm(run):
+    """The encoder's standard deviation is e^99 at x = 0, where no row is, and small where they are."""
+    ends = []
+    for form, dtype in ((reference.run, F64), (run, F32)):
+        p = problem("one code", "elbo", dtype, replicas=1, rows=20, sets=1)
+        encoder = network(1, [3, 7, 2], ["softplus", "identity"])
+        tensors = [0.01 * t.to(dtype) for t in encoder.parameters]
+        tensors[0][0, 0] = torch.tensor([-30.0, 0.0, 0.0])  # softplus(99 - 30 x) is 99 at 0, and 0 at x = 4
+        tensors[1][0, 0] = 99.0
+        tensors[2][0, 1] = torch.tensor([1.0, 0, 0, 0, 0, 0, 0])
+        x = p.x.clone()
+        x[..., 0] = 4 + 0.01 * x[..., 0]
+        ends.append(trained(form, p._replace(x=x, encoder=encoder.with_parameters(tensors)), 3))
+    expected, found = ends
+    assert torch.isfinite(expected[0]).all()
+    assert torch.allclose(found[0].double(), expected[0], rtol=1e-4)

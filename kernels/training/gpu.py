@@ -204,6 +204,19 @@ def forward(work, table, maps, NET: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def take_in(work, x, n, first, table, maps, NET: tl.constexpr, ROWS: tl.constexpr):
+    """Rows [width, ROWS] of the data from ``first`` on go through the encoder. Past the last row stand copies of it: their
+    gradients are 0, which times a number out of range would be none."""
+    D: tl.constexpr = part(NET, 0, "inputs")
+    column, lane = tl.arange(0, width(NET, 0))[:, None], tl.arange(0, ROWS)[None, :]
+    here = tl.load(x + tl.minimum(first + lane, n - 1) * D + column, mask=column < D, other=0.0)
+    tl.store(work + column * ROWS + lane, here, mask=column < D)
+    tl.debug_barrier()
+    forward(work, table, maps, NET, ROWS)
+    return here
+
+
+@triton.jit
 def slopes_of(work, unit, n, NET: tl.constexpr, l: tl.constexpr, ROWS: tl.constexpr):
     slope = 1.0
     if part(NET, l, "activation") != "identity":
@@ -513,10 +526,7 @@ def train_kernel(
         if OBJECTIVE == "joint":
             for first in range(0, n, ROWS):
                 row = first + lane
-                here = tl.load(x + tl.minimum(row, n - 1) * D + column, mask=column < D, other=0.0)
-                tl.store(encoder + column * ROWS + lane, here, mask=column < D)
-                tl.debug_barrier()
-                forward(encoder, table, maps, ENCODER, ROWS)
+                take_in(encoder, x, n, first, table, maps, ENCODER, ROWS)
                 codes = tl.load(encoder + (Q + code) * ROWS + lane, mask=code < L, other=0.0)
                 tl.store(z + place(row, code, L * TILE, 0, True), codes, mask=(row < n) & (code < L))
             tl.debug_barrier()
@@ -538,12 +548,7 @@ def train_kernel(
             row = first + lane
             inside = (row < n) & (column < D)
             known = (row < n) & (code < L)
-            # Past the last row stand copies of it: their gradients are 0, which times a number out of range would be none.
-            source = tl.minimum(row, n - 1)
-            here = tl.load(x + source * D + column, mask=column < D, other=0.0)
-            tl.store(encoder + column * ROWS + lane, here, mask=column < D)
-            tl.debug_barrier()
-            forward(encoder, table, maps, ENCODER, ROWS)
+            here = take_in(encoder, x, n, first, table, maps, ENCODER, ROWS)
             q = tl.load(encoder + (Q + code) * ROWS + lane, mask=code < L, other=0.0)
             to_codes_here = tl.zeros((WIDTH, ROWS), tl.float32)
             if ELBO:
@@ -554,7 +559,7 @@ def train_kernel(
                 kl += whole(tl.where(known, 0.5 * (q * q + std * std - 1.0) - log_std, 0.0)).to(tl.float64)
             if ELBO and not CLOSED:
                 for s in range(0, samples):
-                    moved = std * noise_of(key, source.to(tl.uint32), s, again, last, code, L)
+                    moved = std * noise_of(key, tl.minimum(row, n - 1).to(tl.uint32), s, again, last, code, L)
                     tl.store(decoder + code * ROWS + lane, q + moved, mask=code < L)
                     tl.debug_barrier()
                     forward(decoder, table, maps, DECODER, ROWS)

@@ -104,6 +104,14 @@ class Network(NamedTuple):
             biases.append(None if bias is None else left.pop(0))
         return self._replace(weights=weights, biases=biases)
 
+    def on(self, device: torch.device | str) -> Network:
+        diagonals = [None if d is None else d.to(device) for d in self.diagonals]
+        return self.with_parameters([t.to(device) for t in self.parameters])._replace(diagonals=diagonals)
+
+    def only(self, replicas: Tensor) -> Network:
+        """A copy of some replicas."""
+        return self.with_parameters([t[replicas] for t in self.parameters])
+
     def maps(self) -> list[Tensor]:
         return [w if b is None else jtex_map(w, b) for w, b in zip(self.weights, self.diagonals, strict=True)]
 
@@ -140,6 +148,20 @@ class Problem(NamedTuple):
     @property
     def terms(self) -> tuple[str, ...]:
         return OBJECTIVES[self.objective]
+
+    def on(self, device: torch.device | str) -> Problem:
+        draws = self.draws._replace(seed=self.draws.seed.to(device), replicas=self.draws.replicas.to(device))
+        return self._replace(
+            x=self.x.to(device), dataset=self.dataset.to(device), encoder=self.encoder.on(device),
+            decoder=self.decoder.on(device), variance=self.variance.to(device), weights=self.weights.to(device), draws=draws,
+        )  # fmt: skip
+
+    def only(self, replicas: Tensor) -> Problem:
+        """A copy of some replicas, with their own random numbers."""
+        return self._replace(
+            dataset=self.dataset[replicas], encoder=self.encoder.only(replicas), decoder=self.decoder.only(replicas),
+            weights=self.weights[replicas], draws=self.draws._replace(replicas=self.draws.replicas[replicas]),
+        )  # fmt: skip
 
 
 class Adam(NamedTuple):

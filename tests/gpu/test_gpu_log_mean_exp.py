@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from common import far_apart
 from torch import Tensor
 
 import libi_fast as lf
@@ -195,12 +196,7 @@ def test_addresses_past_2_to_the_31(tall, device, tmp_path: Path):
     memory in between."""
     step, count = 2**30 + 3, 5
     size = 2 * step + count
-    if device.type == "cuda":
-        if torch.cuda.mem_get_info()[0] < 12 * 2**30:
-            pytest.skip("less than 12 GiB of GPU memory free")
-        storage = torch.empty(size, device=device)
-    else:
-        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size)
+    storage = far_apart(size, device, tmp_path)
     x = storage.as_strided((3, count), (step, 1))
     x.copy_(torch.randn(3, count))
     check(x.mT if tall else x)

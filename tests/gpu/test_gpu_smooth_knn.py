@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import far_apart
 from torch import Tensor
 
 import libi_fast as lf
@@ -186,12 +187,7 @@ def test_addresses_past_2_to_the_31(turned, device, tmp_path: Path):
     step = 2**30 + 3
     shape, strides = ((1, 2, 3), (1, 1, step)) if turned else ((3, 2, 2), (step, 2, 1))
     size = 2 * step + 8
-    if device.type == "cuda":
-        if torch.cuda.mem_get_info()[0] < 12 * 2**30:
-            pytest.skip("less than 12 GiB of GPU memory free")
-        storage = torch.empty(size, device=device)
-    else:
-        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size)
+    storage = far_apart(size, device, tmp_path)
     a = storage.as_strided(shape, strides)
     a.copy_(torch.randn(shape))
     b = torch.randn(shape[0], 4, shape[2]).to(device)

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from training_problems import F32, F64, cases, distance, fresh, network, on, problem, trained
+from training_problems import (
+    F32,
+    F64,
+    cases,
+    check_rows_that_are_not_there_do_no_harm,
+    check_the_others_are_as_they_were,
+    distance,
+    fresh,
+    network,
+    problem,
+    trained,
+)
 
 import libi_fast as lf
 from libi_fast.errors import InputError
@@ -18,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 def run(p, adam, rates, rises):
     """On the device of the tests, from and to the CPU."""
     device = "cpu" if launching.interpreted() else "cuda"
-    there = on(device, p)
+    there = p.on(device)
     moments = [[t.to(device) for t in of] for of in (adam.means, adam.squares)]
     usual = adam.usual.to(device)
     terms = op.train(there, adam._replace(means=moments[0], squares=moments[1], usual=usual), rates, rises, backend="triton")
@@ -112,13 +123,7 @@ def test_bits_do_not_depend_on_company_or_calls(objective):
     p = problem("one code", objective, F32, replicas=2, rows=33, sets=1)
     whole = trained(run, p, 3)[1].parameters
 
-    def only(net):
-        return net.with_parameters([t[1:2] for t in net.parameters])
-
-    alone = p._replace(
-        encoder=only(p.encoder), decoder=only(p.decoder), dataset=p.dataset[1:2], weights=p.weights[1:2],
-        draws=p.draws._replace(replicas=p.draws.replicas[1:2]),
-    )  # fmt: skip
+    alone = p.only(torch.tensor([1]))
     assert all(torch.equal(a[1:2], b) for a, b in zip(whole, trained(run, alone, 3)[1].parameters, strict=True))
     _, half, adam = trained(run, p, 1)
     _, both, _ = trained(run, half, 2, adam._replace(steps=1), first=1)
@@ -141,29 +146,12 @@ def test_a_replica_that_is_no_number_stays_alone():
     p = problem("one code", "joint", F32, rows=20)
     good = trained(run, p, 2)
     p.encoder.weights[0][1, 0, 0] = math.nan
-    terms, q, adam = trained(run, p, 2)
-    assert torch.isnan(terms[:, 1, 0]).all() and torch.isnan(adam.usual[1])
-    assert torch.isfinite(terms[:, [0, 2]]).all()
-    for ours, theirs in zip(q.parameters, good[1].parameters, strict=True):
-        assert torch.equal(ours[[0, 2]], theirs[[0, 2]])
+    spoiled = trained(run, p, 2)
+    check_the_others_are_as_they_were(good, spoiled)
 
 
 def test_rows_that_are_not_there_do_no_harm():
-    """The encoder's standard deviation is e^99 at x = 0, where no row is, and small where they are."""
-    ends = []
-    for form, dtype in ((reference.run, F64), (run, F32)):
-        p = problem("one code", "elbo", dtype, replicas=1, rows=20, sets=1)
-        encoder = network(1, [3, 7, 2], ["softplus", "identity"])
-        tensors = [0.01 * t.to(dtype) for t in encoder.parameters]
-        tensors[0][0, 0] = torch.tensor([-30.0, 0.0, 0.0])  # softplus(99 - 30 x) is 99 at 0, and 0 at x = 4
-        tensors[1][0, 0] = 99.0
-        tensors[2][0, 1] = torch.tensor([1.0, 0, 0, 0, 0, 0, 0])
-        x = p.x.clone()
-        x[..., 0] = 4 + 0.01 * x[..., 0]
-        ends.append(trained(form, p._replace(x=x, encoder=encoder.with_parameters(tensors)), 3))
-    expected, found = ends
-    assert torch.isfinite(expected[0]).all()
-    assert torch.allclose(found[0].double(), expected[0], rtol=1e-4)
+    check_rows_that_are_not_there_do_no_harm(run)
 
 
 def test_no_epochs_and_no_replicas():
