@@ -470,7 +470,7 @@ def _parser() -> argparse.ArgumentParser:
         "--protocol",
         choices=("quick", "paper", "smoke"),
         default="quick",
-        help="quick: one setting a method, at most 30 minutes on two cores; paper: the full grids; smoke: does it run",
+        help="quick: one setting a method; paper: the full grids; smoke: does it run",
     )
     reproduce.add_argument("--out", default="reproduce-run", metavar="FOLDER", help="what is done lies there (%(default)s)")
     reproduce.add_argument("--minutes", type=_positive, metavar="M", help="begin no piece after that; the same command goes on")
