@@ -1,5 +1,6 @@
 """LiBI's choices: constraints, mutual information, and what steps 1 and 2 maximise."""
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ import torch
 from torch import nn
 
 import libi_fast as lf
-from libi_fast.models.laplace import laplace, local_log_likelihood, log_ratios
+from libi_fast.models.laplace import laplace, local_frame, local_log_likelihood, log_ratios
 from libi_fast.models.likelihoods import Likelihood
 from libi_fast.ops.henze_zirkler import whiten
 from libi_fast.ops.importance import gaussian
 from libi_fast.ops.random import as_seed
 from libi_fast.ops.training import safe_exp
+from libi_fast.reproduce.references import cubic_log_likelihood, cubic_maximum_likelihood
 from libi_fast.training.constraints import Step1, constraint_from_config
 from libi_fast.training.distributed import Rows
 from libi_fast.training.replicas import Replicas, make_system
@@ -417,17 +419,99 @@ def test_finalists_are_those_of_the_highest_likelihood_and_end_in_one():
             lf.LiBI(d.model(), d.inference(), **wrong)
 
 
-def test_integrals_are_around_modes_where_codes_are_poor():
-    """An encoder that maps every row to 0 sees nothing of p(x); the modes that are found do."""
-    d = lf.data.CubicJTEx(seed=2, train=40, validation=20, test=10)
+def blind_libi(rows=40):
+    """CubicJTEx at its truth, and an encoder that maps every row to 0: it sees nothing of p(x)."""
+    d = lf.data.CubicJTEx(seed=2, train=rows, validation=20, test=10)
     libi = lf.LiBI(d.model(), d.inference(), step1="quadrature", repeats=1)
     with torch.no_grad():
         libi.model.decoder[0].a.copy_(torch.tensor([[0.75, 0.25], [1.5, -1.0]]))
         for parameter in libi.system.inference.parameters():
             parameter.zero_()
+    return d, libi
+
+
+def keep_frames(replicas, rows, model):
+    mean, scale = local_frame(model, rows.values, lf.laplace_mixture(model, rows.values).heaviest())
+    replicas.own |= {name: t.expand(replicas.count, *t.shape).clone() for name, t in (("modes", mean), ("scales", scale))}
+    replicas.own["held-out modes"] = replicas.own["modes"].clone()
+
+
+def test_integrals_are_around_modes_where_codes_are_poor():
+    d, libi = blind_libi()
     replicas, rows = Replicas([libi.system]), Rows.whole(d.train)
-    blind = replicas.local_log_likelihood(rows.values, libi._centres(replicas, rows, replicas.codes(rows.values), False))
-    replicas.own["modes"] = lf.laplace_mixture(libi.model, d.train).heaviest()[None]
-    seen = replicas.local_log_likelihood(rows.values, libi._centres(replicas, rows, replicas.codes(rows.values), False))
-    exact = d.truth.log_likelihood(d.train)
-    assert (seen[0] - exact).abs().mean() < 0.05 < 1 < (blind[0] - exact).abs().mean()
+
+    def integrals(held_out):
+        return libi._integrals(replicas, rows, replicas.codes(rows.values), held_out)[0]
+
+    exact, blind = d.truth.log_likelihood(d.train), integrals(False)
+    keep_frames(replicas, rows, libi.model)
+    assert (blind - exact).abs().mean() > 1
+    for held_out in (False, True):
+        assert (integrals(held_out) - exact).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("step", [0.005, 0.5])
+@pytest.mark.parametrize("count", [1, 19])
+def test_integrals_follow_theta(step, count):
+    """As Adam moves it, and by a leap after which no row's mass is where it was; of more replicas than fill a block, too."""
+    d, libi = blind_libi()
+    replicas, rows = Replicas([libi.system] * count), Rows.whole(d.train)
+    keep_frames(replicas, rows, libi.model)
+    for turn in range(40 if step < 0.1 else 2):  # after a leap nodes are moved where the mass is, and then fitted to it
+        with torch.no_grad():
+            replicas.parameters["model.decoder.0.a"].mul_(1 - step if step < 0.1 or turn == 0 else 1)
+        for start in range(0, count, 16):
+            with replicas.block(start, 16) if count > 1 else contextlib.nullcontext():
+                found = libi._integrals(replicas, rows, replicas.codes(rows.values), False)
+    assert torch.allclose(replicas.own["modes"][-1], replicas.own["modes"][0], atol=1e-4)
+    replicas.load_into(libi.system, replicas.parameters, 0)
+    weight = libi.model.decoder[0].weight.detach().double()
+    exact = cubic_log_likelihood(d.train.double(), d.noise_variance.double(), weight)
+    moved = (exact - d.truth.log_likelihood(d.train)).abs().mean()
+    assert (found[-1] - exact).abs().mean() < (0.02 if step < 0.1 else 0.05) < 0.1 < moved
+
+
+def test_step_1_by_quadrature_ends_at_the_maximum_of_the_likelihood_of_cubic_models():
+    d = lf.data.CubicJTEx(seed=4, train=150, validation=50, test=10)
+    options = {"step1": "quadrature", "repeats": 1, "candidates": 1, "warm_up": 100, "finalists": 1}
+    libi = lf.LiBI(d.model(), d.inference(), likelihood_share=0.5, **options)
+    libi.fit(d.train, d.validation, epochs=900, restarts=8, seed=1, progress=False)
+    best = cubic_maximum_likelihood(d.train.double(), d.noise_variance.double(), d.truth.model.decoder[0].weight.double())
+    factor = torch.linalg.cholesky(best @ best.mT + torch.diag(libi.model.decoder[0].b))
+    values = [
+        cubic_log_likelihood(d.train.double(), d.noise_variance.double(), w.double()).mean().item()
+        for w in (factor, libi.model.decoder[0].weight.detach())
+    ]
+    assert values[0] - 0.01 < values[1] < values[0] + 1e-9
+
+
+@pytest.mark.parametrize(("step2", "seed"), [("posterior", 3), ("elbo", 2)])
+def test_step_2_keeps_the_best_of_several_networks(step2, seed):
+    """theta and what restarts are judged by are those of one network; q is another only where that is better."""
+    d = lf.data.CubicJTEx(seed=2, train=80, validation=60, test=10)
+
+    def fitted(count):
+        options = {"repeats": 1, "warm_up": 20, "candidates": 2, "step2": step2, "sampler": "simulated"}
+        libi = lf.LiBI(d.model(), d.inference(), inference_restarts=count, **options)
+        libi.fit(d.train, d.validation, epochs=300, restarts=1, seed=seed, progress=False)
+        return libi
+
+    one, several = fitted(1), fitted(4)
+    assert one.history[-1]["objective"] == pytest.approx(several.history[-1]["objective"])
+    states = one.state(), several.state()
+    theta = [k for k in states[0] if k.startswith("model.")]
+    assert theta and all(torch.equal(states[0][k], states[1][k]) for k in theta)
+    last = [m.history[-3] for m in (one, several)]
+    terms = ["simulated"] if step2 == "posterior" else ["reconstruction", "kl"]
+    ended = [torch.tensor([record[t] for t in terms]).sum(0) for record in last]
+    assert len(ended[0]) == 1 and len(ended[1]) == 4 and ended[1][0] == pytest.approx(ended[0].item(), rel=1e-3)
+    q = [{k: v for k, v in state.items() if k.startswith("inference.")} for state in states]
+    same = all(torch.equal(q[0][k], q[1][k]) for k in q[0])
+    assert same == (int(ended[1].argmin()) == 0) == (step2 == "elbo")
+    if step2 == "posterior":
+        z, noise = torch.randn(2, 4000, 2, generator=torch.Generator().manual_seed(5))
+        x = one.model.likelihood.sample(one.model.decode(z), noise)
+        values = [m.system.inference(x).log_prob(z).mean().item() for m in (one, several)]
+        assert values[1] > values[0] + 0.03
+    with pytest.raises(lf.InputError, match="inference_restarts"):
+        fitted(0)

@@ -55,6 +55,10 @@ CASES = {
         lambda: lf.LiBI(*system_of_mixture(), step2="elbo+posterior", sampler="hmc", repeats=2, warm_up=3),
         {"epochs": 54, "restarts": 2, "batch_size": 17},
     ),
+    "libi, by quadrature, several networks": (
+        lambda: lf.LiBI(*system(), step1="quadrature", repeats=1, warm_up=3, finalists=1, inference_restarts=2),
+        {"epochs": 36, "restarts": 2},
+    ),
     "iwae, a loader": (lambda: lf.IWAE(*system()), {"epochs": 30, "train": loader}),
 }
 

@@ -24,6 +24,8 @@ from libi_fast.ops.random import Stream, philox_normal, philox_uniform
 WIDER = 1.5  # a proposal's variance over Laplace's: weights of a posterior that is nearly Gaussian stay bounded
 SPACING, NODES = 0.75, 13  # of local quadrature along each axis: how far apart, in standard deviations, and how many
 ROUNDS = 2  # of moving the nodes to the posterior's own mean and covariance
+SHARES = (0.0, 0.1, 0.3, 1.0)  # of a Gauss-Newton step
+MOVED = 2.0  # nats by which a mode must be above the middle of the nodes for them to follow it
 
 
 @torch.no_grad()
@@ -142,29 +144,65 @@ def mutual_information(
 # --- local quadrature ---
 
 
+class Quadrature(NamedTuple):
+    """log p(x) [n], differentiable in the model's parameters; mean [n, L] of p(z | x) under the nodes and a square root
+    [n, L, L] of its covariance: where the next nodes are to be, not differentiated."""
+
+    value: Tensor
+    mean: Tensor
+    scale: Tensor
+
+
 def local_log_likelihood(model: LatentVariableModel, x: Tensor, z: Tensor) -> Tensor:
     """log p(x) of rows [n, D], [n], by quadrature around codes z [n, L] near the modes of p(z | x), L <= 2; differentiable in
-    the model's parameters.
+    the model's parameters. Mass elsewhere is not seen: :func:`quadrature_log_likelihood` finds it."""
+    return quadrature(model, x, *local_frame(model, x, z)).value
 
-    The midpoint rule on nodes that are placed by Laplace's approximation and then by the posterior's mean and covariance under
-    the nodes before; they are not differentiated. Mass elsewhere is not seen: :func:`quadrature_log_likelihood` finds it.
-    """
-    latent_dim = z.shape[-1]
-    axis = SPACING * (torch.arange(NODES, dtype=z.dtype, device=z.device) - NODES // 2)
-    nodes = torch.cartesian_prod(*[axis] * latent_dim).view(-1, latent_dim)
+
+@torch.no_grad()
+def local_frame(model: LatentVariableModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Where nodes are to be, mean [n, L] and scale [n, L, L], from codes z [n, L] near the modes: by Laplace's approximation,
+    then by the mean and covariance of p(z | x) under the nodes before."""
+    mean, scale = z, z
+    for _ in range(ROUNDS):
+        mean, scale, _ = _uphill(model, x, mean)
+    for _ in range(ROUNDS):
+        _, mean, scale = quadrature(model, x, mean, scale)
+    return mean, scale
+
+
+@torch.no_grad()
+def follow_frame(model: LatentVariableModel, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The frame of a model that has changed a little: as it was, or by Laplace's approximation where the mass is elsewhere."""
+    for _ in range(ROUNDS):
+        moved, laplace_scale, gained = _uphill(model, x, mean)
+        gone = (gained > MOVED)[:, None]
+        mean, scale = torch.where(gone, moved, mean), torch.where(gone[..., None], laplace_scale, scale)
+    return mean, scale
+
+
+def _uphill(model: LatentVariableModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes as far towards the mean of Laplace's approximation as log p(x, z) rises most, its scale, and by how much it rose."""
+    target, scale = laplace(model, x, z)
+    shares = torch.tensor(SHARES, dtype=z.dtype, device=z.device)
+    points = z[:, None] + shares[:, None] * (target - z)[:, None]
+    joint = torch.nan_to_num(log_joint(model, x, points), -math.inf, -math.inf)
+    best, place = joint.max(-1, keepdim=True)
+    return torch.take_along_dim(points, place[..., None], 1)[:, 0], scale, best[:, 0] - joint[:, 0]
+
+
+def quadrature(model: LatentVariableModel, x: Tensor, mean: Tensor, scale: Tensor) -> Quadrature:
+    """By the midpoint rule on a grid of nodes around mean [n, L], its axes the columns of scale [n, L, L]."""
+    latent_dim = mean.shape[-1]
+    axis = SPACING * (torch.arange(NODES, dtype=mean.dtype, device=mean.device) - NODES // 2)
+    points = mean[:, None] + torch.cartesian_prod(*[axis] * latent_dim).view(-1, latent_dim) @ scale.mT
+    values = log_joint(model, x, points)
+    value = torch.logsumexp(values, -1) + latent_dim * math.log(SPACING) + torch.linalg.slogdet(scale)[1]
     with torch.no_grad():
-        mean = z
-        for _ in range(ROUNDS):
-            moved, scale = laplace(model, x, mean)
-            better = log_joint(model, x, moved) > log_joint(model, x, mean)
-            mean = torch.where(better[:, None], moved, mean)
-        for _ in range(ROUNDS):
-            points = mean[:, None] + nodes @ scale.mT
-            weights = torch.softmax(log_joint(model, x, points), -1)[..., None]
-            mean = (weights * points).sum(1)
-            centred, before = (points - mean[:, None]).double(), scale.double()
-            # A cell has a spread of its own: without it nodes would collapse onto one that holds all the weight.
-            covariance = (weights * centred).mT @ centred + SPACING**2 / 12 * before @ before.mT
-            scale = torch.linalg.cholesky_ex(covariance).L.to(z.dtype)
-    values = log_joint(model, x, mean[:, None] + nodes @ scale.mT)
-    return torch.logsumexp(values, -1) + latent_dim * math.log(SPACING) + torch.linalg.slogdet(scale)[1]
+        weights = torch.softmax(values, -1)[..., None]
+        mean = (weights * points).sum(1)
+        centred, before = (points - mean[:, None]).double(), scale.double()
+        # A cell has a spread of its own: without it nodes would collapse onto one that holds all the weight.
+        covariance = (weights * centred).mT @ centred + SPACING**2 / 12 * before @ before.mT
+        scale = torch.linalg.cholesky_ex(covariance).L.to(mean.dtype)
+    return Quadrature(value, mean, scale)

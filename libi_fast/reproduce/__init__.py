@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from libi_fast.data.files import atomic_path
 from libi_fast.errors import InputError
 
 TABLE1, ABLATIONS, ALL = "table1", "ablations", "all"
@@ -130,6 +131,7 @@ def _write(what: str, folder: Any) -> Path:
 
 
 def _written(path: Path, content: Any) -> Path:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(json.dumps(content, indent=1) + "\n")
     print(path)
     return path

@@ -24,6 +24,7 @@ from libi_fast.models.model import LatentVariableModel
 from libi_fast.models.networks import JTExMap
 
 GRID = 41  # values of each of B's two numbers
+DIFFERENCE = 1e-5  # of numerical derivatives
 
 
 def univariate_information(theta: Tensor, variance: Tensor | float) -> Tensor:
@@ -71,45 +72,29 @@ def objective(a: Tensor) -> tuple[float, float]:
 def worked_example() -> dict[str, float]:
     """The objective at LinearJTEx's truth and at its optimum, which is what a VAE learns there, and the log-likelihoods."""
 
-    def of(values: list[float]) -> float:
-        return objective(_lower(values))[0]
+    truth, places = true_a(), torch.tril_indices(2, 2)
 
-    truth = true_a()
-    best = minimise(of, [float(truth[0, 0]), float(truth[1, 0]), float(truth[1, 1])])
-    at_truth, at_optimum = objective(truth), objective(_lower(best))
+    def of(values: Tensor) -> Tensor:
+        return truth.index_put(tuple(places), values)
+
+    best = _minimum(lambda values: objective(of(values))[0], truth[*places])
+    at_truth, at_optimum = objective(truth), objective(of(best))
     return {
         "objective at the truth": at_truth[0], "objective at the optimum": at_optimum[0],
         "log-likelihood of the truth": at_truth[1], "log-likelihood of the optimum": at_optimum[1],
     }  # fmt: skip
 
 
-def _lower(values: Sequence[float]) -> Tensor:
-    return torch.tensor([[values[0], 0.0], [values[1], values[2]]], dtype=torch.float64)
+@torch.no_grad()
+def _minimum(function: Callable[[Tensor], float], start: Tensor) -> Tensor:
+    """The local minimum of a smooth function of a few numbers [n] next to ``start``: L-BFGS by central differences."""
+    point = start.clone()
+    steps = DIFFERENCE * torch.eye(len(point), dtype=point.dtype)
 
+    def closure() -> float:
+        slopes = [(function(point + step) - function(point - step)) / (2 * DIFFERENCE) for step in steps]
+        point.grad = torch.tensor(slopes, dtype=point.dtype)
+        return function(point)
 
-def minimise(
-    function: Callable[[list[float]], float], start: list[float], step: float = 0.1, least: float = 1e-4
-) -> list[float]:
-    """A local minimum of a smooth function of a few numbers (Hooke & Jeeves 1961): along the axes, then on in the direction
-    that helped; the step is halved where nothing helps."""
-
-    def explored(point: list[float], value: float) -> tuple[list[float], float]:
-        for i in range(len(point)):
-            for sign in (step, -step):
-                moved = [*point[:i], point[i] + sign, *point[i + 1 :]]
-                if (now := function(moved)) < value:
-                    point, value = moved, now
-                    break
-        return point, value
-
-    base, best = list(start), function(start)
-    while step > least:
-        point, value = explored(base, best)
-        if not value < best:
-            step /= 2
-            continue
-        while value < best:
-            ahead = [2 * p - b for p, b in zip(point, base, strict=True)]
-            base, best = point, value
-            point, value = explored(ahead, function(ahead))
-    return base
+    torch.optim.LBFGS([point], max_iter=100, line_search_fn="strong_wolfe").step(closure)
+    return point

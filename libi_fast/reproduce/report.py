@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from libi_fast import figures
+from libi_fast.data.files import atomic_path
 from libi_fast.doctor import machine
 from libi_fast.reproduce import pictures, texts
 from libi_fast.reproduce.pieces import TRUTH, Folder, read_result, truth_of
@@ -78,7 +79,8 @@ def write(folder: Folder, results: dict[str, Results]) -> Path:
     about = ", ".join(f"{k}: {v}" for k, v in machine().items())
     parts += [f"<p>{html.escape(about)}</p>"]
     path = folder.path / "report.html"
-    path.write_text(PAGE.substitute(title=texts.TITLE, body="\n".join(parts)), encoding="utf-8")
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(PAGE.substitute(title=texts.TITLE, body="\n".join(parts)), encoding="utf-8")
     return path
 
 

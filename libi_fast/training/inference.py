@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from libi_fast.errors import DivergenceWarning, InputError, ParetoWarning
+from libi_fast.models.laplace import local_frame
 from libi_fast.models.model import InferenceModel, LatentVariableModel, MeanFieldGaussian
 from libi_fast.models.proposals import Defensive, laplace_mixture
 from libi_fast.ops import _library as lib
@@ -64,9 +65,10 @@ def check_batches(batches: Batches, objective: str, sampler: str) -> None:
 def inference_stages(
     run: Run, epochs: int, objective: str, sampler: str, importance_samples: int = 8, kept: int = KEPT,
     start: Callable[[Run, Callable[[], Tensor]], None] | None = None,
+    end: Callable[[Run, Tensor], None] | None = None,
 ) -> list[Stage]:  # fmt: skip
-    """Train "inference." by one of OBJECTIVES over so many epochs. ``start(run, value)`` sets q up; ``value()`` is to be
-    minimised."""
+    """Train "inference." by one of OBJECTIVES over so many epochs. ``start(run, value)`` sets q up, ``value()`` [R] is what is to
+    be minimised; ``end(run, value)`` gets what it ended at, by held-out rows or, with 'posterior', by training rows."""
     first = epochs // 2 if objective == "elbo+posterior" else epochs
     stages: list[Stage] = []
     chosen = sampler.split("+")
@@ -88,10 +90,12 @@ def inference_stages(
         return {name: term / len(chosen) for name, term in terms.items()}
 
     @torch.no_grad()
-    def at_start() -> Tensor:
-        if objective != "posterior":
-            return elbo_at_start(run)
+    def by_draws() -> Tensor:
         return total(run.in_blocks(lambda: likelihood(run.train, run.step)))
+
+    @torch.no_grad()
+    def at_start() -> Tensor:
+        return by_draws() if objective == "posterior" else elbo_at_start(run)
 
     if start is not None:
         stages += [lambda run: start(run, at_start)]
@@ -114,6 +118,8 @@ def inference_stages(
                 (lambda: likelihood(run.validation, VALIDATION_DRAWS)) if run.options.early_stopping or not drawn else None,
             )
         ]  # fmt: skip
+    if end is not None:
+        stages += [lambda run: end(run, by_draws() if "posterior" in objective else run.objective)]
     if "posterior" in objective and drawn:
         stages += [forget_draws]
     return stages
@@ -135,12 +141,16 @@ def places_of(rows: Rows) -> slice | Tensor:
 
 
 @torch.no_grad()
-def keep_modes(run: Run, name: str, rows: Rows) -> None:
-    """The mode of p(z | x) of most mass that is reached from several starts, of every row and replica's own model."""
+def keep_frames(run: Run, rows: Rows, means: str, scales: str | None = None) -> None:
+    """Mean and scale of p(z | x) around the mode of most mass that is reached from several starts, of every row and replica's
+    own model."""
     found = []
     for r, model in enumerate(_models(run.replicas)):
-        found.append(laplace_mixture(model, rows.values if rows.values.dim() == 2 else rows.values[r]).heaviest())
-    run.replicas.own[name] = torch.stack(found)
+        x = rows.values if rows.values.dim() == 2 else rows.values[r]
+        found.append(local_frame(model, x, laplace_mixture(model, x).heaviest()))
+    run.replicas.own[means] = torch.stack([mean for mean, _ in found])
+    if scales is not None:
+        run.replicas.own[scales] = torch.stack([scale for _, scale in found])
 
 
 @torch.no_grad()

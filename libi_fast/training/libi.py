@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
-from libi_fast.models.laplace import NODES
+from libi_fast.models.laplace import MOVED, NODES
 from libi_fast.ops import _library as lib
 from libi_fast.ops.henze_zirkler import METHODS, henze_zirkler_statistic
 from libi_fast.ops.training import moment_errors, safe_exp
@@ -27,18 +27,18 @@ from libi_fast.training.inference import (
     check_objective,
     forget,
     inference_stages,
-    keep_modes,
+    keep_frames,
     places_of,
 )
 from libi_fast.training.method import Method, elbo_at_start, fit_decoder
 from libi_fast.training.objectives import importance_terms
-from libi_fast.training.replicas import Replicas, System
+from libi_fast.training.replicas import Replicas, System, make_system
 from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Phase, Run, Stage, Terms
 from libi_fast.training.start import copy_encoder, mirror_codes, start_std, use_one_component, whiten_codes
 
 STEP1_SHARE = 2 / 3  # of a repeat's epochs
 STEP1 = ("joint", "importance", "quadrature")
-MODES, HELD_OUT_MODES = "modes", "held-out modes"
+MODES, SCALES, HELD_OUT_MODES = "modes", "scales", "held-out modes"
 
 
 class LiBI(Method):
@@ -71,6 +71,9 @@ class LiBI(Method):
         sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step; 'sir' or 'hmc', draws
             of the training rows, taken once a step 2; 'simulated+sir', 'simulated+hmc' (see :func:`libi_fast.fit_inference`).
         num_samples: S of 'importance'.
+        inference_restarts: networks q that the first step 2 begins with, for every restart's theta: the one that step 1 leaves,
+            and others drawn anew. The best by what step 2 maximises goes on: the codes of step 1 may be a start from which q
+            never becomes good.
         constraints: :class:`Constraint` objects, such as ``lf.MutualInformation(at_least=2.0)``.
         hz_method, hz_beta: how the Henze-Zirkler statistic is taken (see ``lf.henze_zirkler``), and its kernel's width.
         whiten: start with an encoder whose codes have mean 0 and covariance I (its last layer is rescaled).
@@ -93,7 +96,7 @@ class LiBI(Method):
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
         candidates: int = 4, initial_std: float | None = None, step1: str = "joint", likelihood_share: float = 0.5,
         likelihood_rate: float = 1.0, finalists: int | None = None, step2: str = "elbo", sampler: str = SAMPLER,
-        num_samples: int = 8, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
+        num_samples: int = 8, inference_restarts: int = 1, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
         hz_beta: float | None = None,
     ):  # fmt: skip
         for label, value in {
@@ -108,6 +111,7 @@ class LiBI(Method):
                 lib.check_positive(label, optional)
         for label, value, least in (
             ("repeats", repeats, 1), ("warm_up", warm_up, 0), ("candidates", candidates, 1), ("num_samples", num_samples, 1),
+            ("inference_restarts", inference_restarts, 1),
         ):  # fmt: skip
             lib.check_count(label, value, least)
         for label, choice, known in (("step1", step1, STEP1), ("hz_method", hz_method, METHODS)):
@@ -132,7 +136,7 @@ class LiBI(Method):
             mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up,
             candidates=candidates, initial_std=initial_std, step1=step1, likelihood_share=likelihood_share,
             likelihood_rate=likelihood_rate, finalists=finalists, step2=step2, sampler=sampler, num_samples=num_samples,
-            constraints=tuple(constraints), hz_method=hz_method, hz_beta=hz_beta,
+            inference_restarts=inference_restarts, constraints=tuple(constraints), hz_method=hz_method, hz_beta=hz_beta,
         )  # fmt: skip
         for label, choice in (("step1", step1), ("step2", step2)):
             if choice == "importance":
@@ -223,8 +227,8 @@ class LiBI(Method):
     def _quadrature(self, run: Run, rows: Rows, step: int) -> Terms:
         replicas = run.replicas
         z = replicas.codes(rows.values)
-        centres = self._centres(replicas, rows, z.detach(), step == VALIDATION_DRAWS)
-        terms = {"likelihood": -rows.mean(replicas.local_log_likelihood(rows.values, centres))}
+        likelihood = self._integrals(replicas, rows, z.detach(), step == VALIDATION_DRAWS)
+        terms = {"likelihood": -rows.mean(likelihood)}
         if step != VALIDATION_DRAWS:  # h follows the modes; theta does not follow h
             with replicas.frozen("model."):
                 joint = replicas.log_prob(rows.values, z) - 0.5 * z.square().sum(-1)
@@ -232,19 +236,24 @@ class LiBI(Method):
         return self._constrained(terms, run, rows, z, step)
 
     @staticmethod
-    @torch.no_grad()
-    def _centres(replicas: Replicas, rows: Rows, z: Tensor, held_out: bool) -> Tensor:
-        """Where the integrals over codes are taken: at the codes z, or at modes that were found as this began, where they are
-        higher: the few rows whose codes are poor would pull theta towards themselves."""
-        name = HELD_OUT_MODES if held_out else MODES
-        if name not in replicas.own:
-            return z
-        modes = replicas.own[name][:, places_of(rows)]
+    def _integrals(replicas: Replicas, rows: Rows, z: Tensor, held_out: bool) -> Tensor:
+        """log p(x) [R, n], integrated around the codes z, or where modes are kept around those, unless the codes are far above
+        them: the few rows whose codes are poor would pull theta towards themselves. In training kept modes follow theta."""
+        x, own, places = rows.values, replicas.own, places_of(rows)
 
         def joint(codes: Tensor) -> Tensor:
-            return replicas.log_prob(rows.values, codes) - 0.5 * codes.square().sum(-1)
+            return replicas.log_prob(x, codes) - 0.5 * codes.square().sum(-1)
 
-        return torch.where((joint(modes) > joint(z))[..., None], modes, z)
+        kept = own.get(HELD_OUT_MODES if held_out else MODES)
+        if kept is not None:
+            with torch.no_grad():
+                before = kept[:, places]
+                z = torch.where((joint(before) + MOVED > joint(z))[..., None], before, z)
+        if kept is None or held_out:
+            return replicas.quadrature(x, *replicas.local_frame(x, z)).value
+        found = replicas.quadrature(x, *replicas.follow_frame(x, z, own[SCALES][:, places]))
+        own[MODES][:, places], own[SCALES][:, places] = found.mean, found.scale
+        return found.value
 
     def _weights(self, run: Run) -> Callable[[], list[Any]]:
         return lambda: [self.weight(name, run.replicas) for name in self.weights]
@@ -293,13 +302,16 @@ class LiBI(Method):
         whole = run.options.batch_size is None and run.batches.loader is None and run.batches.source is None
         modes = s["step1"] == "quadrature" and whole and not distributed.active()
         if modes:
-            stages += [lambda run: keep_modes(run, HELD_OUT_MODES, run.validation)]
+            stages += [lambda run: keep_frames(run, run.validation, HELD_OUT_MODES)]
         if s["finalists"] is not None:
             stages += [phase("finalists", 0, s["step1"]), finalists]  # no epochs: held-out rows alone
         if modes:
-            stages += [lambda run: keep_modes(run, MODES, run.train)]
+            stages += [lambda run: keep_frames(run, run.train, MODES, SCALES)]
         stages += [phase("step 1", epochs - joint, s["step1"], rate=s["likelihood_rate"])]
-        return [*stages, lambda run: forget(run, MODES, HELD_OUT_MODES)] if modes else stages
+        if modes:  # held-out modes have not followed theta
+            stages += [lambda run: keep_frames(run, run.validation, HELD_OUT_MODES), phase("step 1", 0, s["step1"])]
+            stages += [lambda run: forget(run, MODES, SCALES, HELD_OUT_MODES)]
+        return stages
 
     # --- step 2 ---
 
@@ -311,14 +323,33 @@ class LiBI(Method):
         stages: list[Stage] = []
         if first and run.replicas.template.encoder is not None:
             stages += [lambda run: copy_encoder(run.replicas, self.model.latent_dim)]
-        begins = first and not run.options.warm_start and s["step1"] != "importance"
+        fresh = first and not run.options.warm_start
+        count = s["inference_restarts"] if fresh else 1
 
         def start(run: Run, value: Callable[[], Tensor]) -> None:
-            start_std(run.replicas, value, s["initial_std"])
+            if count > 1:
+                self._draw_inference(run, count)
+            if fresh and s["step1"] != "importance":  # which learned a spread
+                start_std(run.replicas, value, s["initial_std"])
+
+        def end(run: Run, value: Tensor) -> None:
+            run.keep(run.best_of(value, count, 1))
 
         return stages + inference_stages(
-            run, epochs, s["step2"], s["sampler"], s["num_samples"], start=start if begins else None
+            run, epochs, s["step2"], s["sampler"], s["num_samples"], start=start, end=end if count > 1 else None
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _draw_inference(self, run: Run, count: int) -> None:
+        """Of every replica ``count`` with the same theta, side by side; q of all but the first of them is drawn anew."""
+        replicas = run.replicas
+        run.keep(torch.arange(replicas.count, device=run.objective.device).repeat_interleave(count))
+        for r, restart in enumerate(replicas.own["ids"].tolist()):
+            if r % count:
+                seed = (int(run.seed) + 1_000_003 * restart + 7919 * (r % count)) % 2**63
+                drawn = make_system(*self._sources, seed, fresh=True).inference
+                for name, value in drawn.named_parameters():
+                    replicas.parameters[f"inference.{name}"][r] = value
 
     def _stages(self, run: Run, epochs: int) -> list[Stage]:
         repeats = self.settings["repeats"]

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from libi_fast.errors import InputError
 from libi_fast.models.autocast import Autocast
-from libi_fast.models.laplace import local_log_likelihood, log_ratios
+from libi_fast.models.laplace import Quadrature, follow_frame, local_frame, log_ratios, quadrature
 from libi_fast.models.linear_gaussian import is_linear_gaussian
 from libi_fast.models.model import InferenceModel, LatentVariableModel, MeanField
 from libi_fast.models.networks import fresh_copy
@@ -97,8 +97,14 @@ class System(nn.Module):
     def log_ratios(self, z: Tensor, noise: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
         return log_ratios(self.model, z, noise, inner)
 
-    def local_log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        return local_log_likelihood(self.model, x, z)
+    def local_frame(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return local_frame(self.model, x, z)
+
+    def follow_frame(self, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return follow_frame(self.model, x, mean, scale)
+
+    def quadrature(self, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(quadrature(self.model, x, mean, scale))
 
     def expected_log_prob(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """E_q log p(x|z), [N], in closed form; for linear-Gaussian models alone."""
@@ -208,7 +214,7 @@ class Replicas:
     def block(self, start: int, size: int):
         """Within the block only the replicas start .. start + size - 1 are there, and after the last of all as many copies of
         it as are wanting: vector instructions then treat each replica's elements alike in every block. Gradients reach the
-        parameters of all."""
+        parameters of all, and what is changed in place of ``own`` stays changed."""
         before = self.count, self.parameters, self.own
         wanting = max(0, start + size - self.count)
 
@@ -222,7 +228,10 @@ class Replicas:
         try:
             yield
         finally:
+            inside = self.own
             self.count, self.parameters, self.own = before
+            for k in self.own if wanting else ():  # else what is inside are views of it
+                self.own[k][start:] = inside[k][: size - wanting]
 
     @contextlib.contextmanager
     def frozen(self, prefix: str):
@@ -257,9 +266,17 @@ class Replicas:
         shared = x.dim() == 2
         return self("log_prob", x if z.dim() == 3 else x[..., None, :], z, shared=(shared, False))
 
-    def local_log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x) by quadrature around codes z [R, N, L] -> [R, N]."""
-        return self("local_log_likelihood", x, z, shared=(x.dim() == 2, False))
+    def local_frame(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [R, N, L] and scale [R, N, L, L] of p(z | x) near codes z [R, N, L]."""
+        return self("local_frame", x, z, shared=(x.dim() == 2, False))
+
+    def follow_frame(self, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of theta that has changed a little since it was mean and scale."""
+        return self("follow_frame", x, mean, scale, shared=(x.dim() == 2, False, False))
+
+    def quadrature(self, x: Tensor, mean: Tensor, scale: Tensor) -> Quadrature:
+        """log p(x) [R, N] by nodes that are placed there, and the frame [R, N, L], [R, N, L, L] that they give."""
+        return Quadrature(*self("quadrature", x, mean, scale, shared=(x.dim() == 2, False, False)))
 
     def expected_log_prob(self, x: Tensor, q: MeanField, noise: Callable[[], Tensor]) -> Tensor:
         """E_q log p(x|z) for q [R, N, L] -> [R, N]: in closed form where the decoder is linear and the noise Gaussian, else
