@@ -511,7 +511,7 @@ def test_step_2_keeps_the_best_of_several_networks(step2, seed):
     if step2 == "posterior":
         z, noise = torch.randn(2, 4000, 2, generator=torch.Generator().manual_seed(5))
         x = one.model.likelihood.sample(one.model.decode(z), noise)
-        values = [m.system.inference(x).log_prob(z).mean().item() for m in (one, several)]
+        values = [m.system.inference(x).log_prob(z[:, None]).mean().item() for m in (one, several)]
         assert values[1] > values[0] + 0.03
     with pytest.raises(lf.InputError, match="inference_restarts"):
         fitted(0)
