@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         report.print_summary(measured)
         machine = report.machine()
         drawn, dates = plots.measured_on(options.out, cpu.NAMES, machine)
-        picture = plots.cpu(drawn, plots.caption(machine, dates), options.out / "cpu.png")
+        name = f"cpu-{machine['compiled library'] or 'none'}.png"
+        picture = plots.cpu(drawn, plots.caption(machine, dates), options.out / name)
         print(f"-> {picture}" if picture else "nothing to draw")
     return int(any("refused" in found for found in measured.values()))
 

@@ -189,7 +189,10 @@ def _reproduce(options: argparse.Namespace) -> None:
     from libi_fast.reproduce import run
 
     seconds = None if options.minutes is None else 60 * options.minutes
-    run(options.what, options.protocol, options.out, seconds, options.device, progress=not options.quiet)
+    run(
+        options.what, options.protocol, options.out, seconds, options.device, not options.quiet, options.first_seed,
+        options.methods,
+    )  # fmt: skip
 
 
 # --- their parts ---
@@ -475,6 +478,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--out", default="reproduce-run", metavar="FOLDER", help="what is done lies there (%(default)s)")
     reproduce.add_argument("--minutes", type=_positive, metavar="M", help="begin no piece after that; the same command goes on")
     reproduce.add_argument("--device", default="cpu", help="to train on (default cpu)")
+    reproduce.add_argument("--methods", nargs="+", metavar="NAME", help="with table1, these rows alone: VAE, LiBI, ours ...")
+    reproduce.add_argument("--first-seed", type=_whole(0), metavar="N", help="other data sets: of seeds N, N + 1 and so on")
     reproduce.add_argument("--quiet", action="store_true", help="no progress, only results")
     reproduce.set_defaults(run=_reproduce)
     return parser

@@ -515,3 +515,20 @@ def test_step_2_keeps_the_best_of_several_networks(step2, seed):
         assert values[1] > values[0] + 0.03
     with pytest.raises(lf.InputError, match="inference_restarts"):
         fitted(0)
+
+
+def test_at_the_optimum_the_decoder_s_prior_balances_the_likelihood():
+    """Of a free linear decoder: the likelihood's slope is the precision times the weight, over the rows; the bias is free."""
+    d = lf.data.LinearJTEx(seed=3, train=200, validation=50, dtype=torch.float64)
+    model = lf.LatentVariableModel(nn.Linear(2, 2).double(), lf.Gaussian(0.01), 2)
+    precision = 40.0
+    libi = lf.LiBI(model, d.inference(), repeats=1, step1="quadrature", decoder_precision=precision, finalists=1)
+    libi.fit(d.train + 0.5, d.validation + 0.5, epochs=700, restarts=2, seed=1, progress=False)
+    weight, bias = (p.detach().clone().requires_grad_() for p in libi.model.decoder.parameters())
+    law = torch.distributions.MultivariateNormal(bias, weight @ weight.mT + 0.01 * torch.eye(2, dtype=torch.float64))
+    slopes = torch.autograd.grad(law.log_prob(d.train + 0.5).mean(), (weight, bias))
+    pull = precision / 200 * weight.detach()
+    assert (slopes[0] - pull).norm() < 0.05 * pull.norm()
+    assert slopes[1].norm() < 0.05 * pull.norm()
+    with pytest.raises(lf.InputError, match="decoder_precision"):
+        lf.LiBI(model, d.inference(), decoder_precision=-1.0)

@@ -17,7 +17,7 @@ from libi_fast import figures, reproduce
 from libi_fast.cli import REPRODUCED, main
 from libi_fast.errors import InputError
 from libi_fast.reproduce import closed_forms, pictures, pieces, published, references, report, tables
-from libi_fast.reproduce.protocol import METHODS, PROTOCOLS
+from libi_fast.reproduce.protocol import METHODS, PROTOCOLS, find
 
 SMOKE = PROTOCOLS["smoke"]
 TINY = dataclasses.replace(SMOKE, datasets=("LinearJTEx",))
@@ -117,6 +117,12 @@ def test_published_numbers_land_in_their_cells(method, dataset, likelihood, neig
     assert len(published.TABLE1) == len(published.METHODS) * len(published.DATASETS)
 
 
+def test_other_seeds_are_other_data_sets():
+    chosen = find("quick", 105)
+    assert chosen.seeds == (105, 106, 107, 108, 109) and find("quick").seeds == (100, 101, 102, 103, 104)
+    assert not torch.equal(chosen.data("LinearJTEx")[0].train, find("quick").data("LinearJTEx")[0].train)
+
+
 def test_the_paper_protocol_has_the_papers_grid():
     sizes = {(p.dataset, p.method): len(p.grid) for p in PROTOCOLS["paper"].pieces()}
     assert sizes["Gaussian", "LiBI"] == 4 * 2 * 2 * 2 and sizes["Mobius", "LiBI"] == 3 * 2 * 2 * 2
@@ -193,6 +199,8 @@ def test_a_draw_on_which_no_restart_stayed_finite_is_said_to_be_one(tmp_path, mo
 def test_out_of_time_no_piece_is_begun(tmp_path, capsys):
     assert reproduce.run("table1", "smoke", tmp_path, seconds=-1.0, progress=False) is None
     assert "0 of 12 pieces are done" in capsys.readouterr().out
+    assert reproduce.run("table1", "smoke", tmp_path, seconds=-1.0, progress=False, methods=["ours"]) is None
+    assert "0 of 2 pieces are done" in capsys.readouterr().out
     assert not (tmp_path / "smoke").exists()
 
 
@@ -224,6 +232,12 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     file.write_text(json.dumps({"identity": {"dataset": "LinearJTEx"}}))
     refused(capsys, command, str(file), "other settings")
     refused(capsys, [*command, "--device", "nowhere"], "device 'nowhere'")
+    file.write_text(json.dumps({"identity": pieces.identity_of(SMOKE, SMOKE.piece("LinearJTEx", "VAE"), "LinearJTEx")}))
+    refused(capsys, [*command, "--first-seed", "7"], "other settings")
+    for wrong in ([*command, "--methods", "VAE"], ["reproduce", "table1", "--methods", "VAE", "GAN"]):
+        refused(capsys, wrong, "methods are of table1, and among VAE, beta-VAE")
+    with pytest.raises(InputError, match="the first seed must be at least 0, got -1"):
+        reproduce.run("all", "smoke", tmp_path, first_seed=-1)
     with pytest.raises(InputError, match="unknown protocol 'long'; known: quick, paper, smoke"):
         reproduce.run("all", "long", tmp_path)
     with pytest.raises(InputError, match="unknown result 'table2'; known: table1, figure1"):

@@ -182,7 +182,7 @@ def follow_frame(model: LatentVariableModel, x: Tensor, mean: Tensor, scale: Ten
 
 
 def _uphill(model: LatentVariableModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as far towards the mean of Laplace's approximation as log p(x, z) rises most, its scale, and by how much it rose."""
+    """Codes as far towards the mean of Laplace's approximation as log p(x, z) rises most, its scale, and how much that is."""
     target, scale = laplace(model, x, z)
     shares = torch.tensor(SHARES, dtype=z.dtype, device=z.device)
     points = z[:, None] + shares[:, None] * (target - z)[:, None]

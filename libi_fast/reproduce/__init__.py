@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from os import PathLike
 from pathlib import Path
@@ -25,7 +26,8 @@ WAIT = timedelta(days=1)  # for the other processes
 
 def run(
     what: str = ALL, protocol: str = "quick", out: str | PathLike[str] = "reproduce-run", seconds: float | None = None,
-    device: str = "cpu", progress: bool = True,
+    device: str = "cpu", progress: bool = True, first_seed: int | None = None,
+    methods: Sequence[str] | None = None,
 ) -> Path | None:  # fmt: skip
     """Train and measure what is wanting, then print Table 1, or write a figure, or write everything into one HTML report.
 
@@ -36,12 +38,15 @@ def run(
         what: 'table1', 'figure1' to 'figure5', 'ablations' (of LiBI, as paired differences), or 'all'.
         protocol: 'quick', 'paper' or 'smoke'.
         out: the folder. seconds: begin no piece after that many. device: to train on. progress: say what is done.
+        first_seed: of the data sets, which are of it and the seeds that follow; None for those of the table, 100 to 104.
+        methods: rows of 'table1' that are wanted, such as 'VAE', 'LiBI' and 'ours'; None for all.
 
     Returns:
         The file that was written: table1.json, figureN.png, ablations.json or report.html; None where pieces are left to do.
 
     Raises:
-        InputError: an unknown name, a device that is not there, files in ``out`` of other settings or damaged; no matplotlib.
+        InputError: an unknown name, a seed below 0, a device that is not there, files in ``out`` of other settings or damaged;
+        no matplotlib.
     """
     import torch
 
@@ -56,7 +61,9 @@ def run(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
-    chosen = protocols.find(protocol)
+    chosen = protocols.find(protocol, first_seed)
+    if methods is not None and (what != TABLE1 or not set(methods) <= set(protocols.METHODS)):
+        raise InputError(f"methods are of table1, and among {', '.join(protocols.METHODS)}; got {', '.join(methods)} of {what}")
     folder = pieces.Folder(out, chosen, device)
     if what in FIGURES:
         dataset, methods = FIGURES[what]
@@ -64,7 +71,7 @@ def run(
     elif what == ABLATIONS:
         wanted = [p for d in chosen.datasets for p in (chosen.piece(d, "LiBI"), *chosen.ablations(d))]
     else:
-        wanted = chosen.pieces()
+        wanted = [piece for piece in chosen.pieces() if methods is None or piece.method in methods]
 
     def say(text: str) -> None:
         if progress:

@@ -5,6 +5,7 @@ Settings were chosen on the data sets of seeds 0 to 4; those of FINAL_SEEDS serv
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,8 +210,13 @@ PROTOCOLS = {
 }
 
 
-def find(name: str) -> Protocol:
-    """Raises InputError for an unknown name."""
+def find(name: str, first_seed: int | None = None) -> Protocol:
+    """The protocol, on other data sets where a first seed is given. Raises InputError for an unknown name, a seed below 0."""
     if name not in PROTOCOLS:
         raise InputError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+    protocol = PROTOCOLS[name]
+    if first_seed is None:
+        return protocol
+    if first_seed < 0:
+        raise InputError(f"the first seed must be at least 0, got {first_seed}")
+    return dataclasses.replace(protocol, seeds=tuple(range(first_seed, first_seed + len(protocol.seeds))))

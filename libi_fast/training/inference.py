@@ -67,8 +67,8 @@ def inference_stages(
     start: Callable[[Run, Callable[[], Tensor]], None] | None = None,
     end: Callable[[Run, Tensor], None] | None = None,
 ) -> list[Stage]:  # fmt: skip
-    """Train "inference." by one of OBJECTIVES over so many epochs. ``start(run, value)`` sets q up, ``value()`` [R] is what is to
-    be minimised; ``end(run, value)`` gets what it ended at, by held-out rows or, with 'posterior', by training rows."""
+    """Train "inference." by one of OBJECTIVES over so many epochs. ``start(run, value)`` sets q up; ``value()`` [R] is to be
+    minimised. ``end(run, value)`` gets what it ended at, by held-out rows or, with 'posterior', by training rows."""
     first = epochs // 2 if objective == "elbo+posterior" else epochs
     stages: list[Stage] = []
     chosen = sampler.split("+")

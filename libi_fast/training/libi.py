@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +65,9 @@ class LiBI(Method):
         likelihood_share: of the first step 1's epochs, those of 'importance' or 'quadrature', an epoch of which takes a hundred
             times as long. likelihood_rate: of those, their learning rate in units of fit's: at noise variances of 1e-5 Adam's
             first steps at the full rate undo what the joint part reached.
+        decoder_precision: of a normal prior of mean 0 on the decoder's matrices (not its biases) in those epochs. Where these
+            have more weights than the rows can tell, the likelihood's own optimum bends the decoder to suit the outermost rows,
+            and rows beyond them pay for it.
         finalists: restarts that go on to those epochs, or with 'joint' to step 2: the best on held-out rows by what step 1
             maximises; None lets all go on.
         step2: what step 2 maximises: 'elbo', as published; 'importance', the importance-weighted bound; 'posterior',
@@ -95,9 +99,9 @@ class LiBI(Method):
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
         mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
         candidates: int = 4, initial_std: float | None = None, step1: str = "joint", likelihood_share: float = 0.5,
-        likelihood_rate: float = 1.0, finalists: int | None = None, step2: str = "elbo", sampler: str = SAMPLER,
-        num_samples: int = 8, inference_restarts: int = 1, constraints: Sequence[Constraint] = (), hz_method: str = "exact",
-        hz_beta: float | None = None,
+        likelihood_rate: float = 1.0, decoder_precision: float = 0.0, finalists: int | None = None, step2: str = "elbo",
+        sampler: str = SAMPLER, num_samples: int = 8, inference_restarts: int = 1, constraints: Sequence[Constraint] = (),
+        hz_method: str = "exact", hz_beta: float | None = None,
     ):  # fmt: skip
         for label, value in {
             "hz_weight": hz_weight,
@@ -120,6 +124,8 @@ class LiBI(Method):
         check_objective("step2", step2, sampler)
         if not 0 < likelihood_share < 1:
             raise InputError(f"likelihood_share must lie between 0 and 1, got {likelihood_share}")
+        if not 0 <= decoder_precision < math.inf:
+            raise InputError(f"decoder_precision must be 0 or positive, got {decoder_precision}")
         if finalists is not None:
             lib.check_count("finalists", finalists, 1)
         if isinstance(constraints, Constraint):
@@ -135,8 +141,9 @@ class LiBI(Method):
             model, inference, encoder, hz_weight=hz_weight, covariance_tolerance=covariance_tolerance,
             mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up,
             candidates=candidates, initial_std=initial_std, step1=step1, likelihood_share=likelihood_share,
-            likelihood_rate=likelihood_rate, finalists=finalists, step2=step2, sampler=sampler, num_samples=num_samples,
-            inference_restarts=inference_restarts, constraints=tuple(constraints), hz_method=hz_method, hz_beta=hz_beta,
+            likelihood_rate=likelihood_rate, decoder_precision=decoder_precision, finalists=finalists, step2=step2,
+            sampler=sampler, num_samples=num_samples, inference_restarts=inference_restarts, constraints=tuple(constraints),
+            hz_method=hz_method, hz_beta=hz_beta,
         )  # fmt: skip
         for label, choice in (("step1", step1), ("step2", step2)):
             if choice == "importance":
@@ -222,7 +229,8 @@ class LiBI(Method):
         terms = importance_terms(run, rows, samples, "doubly-reparameterized", step)
         q = run.replicas.posterior(rows.values)
         z = q.mean + q.log_std.exp() * run.noise(rows, 1, step)()[:, :, 0]
-        return self._constrained({**terms, **self._code_terms(run.replicas, rows, z, step)}, run, rows, z, step)
+        terms |= self._code_terms(run.replicas, rows, z, step)
+        return self._constrained({**terms, **self._prior(run, rows, step)}, run, rows, z, step)
 
     def _quadrature(self, run: Run, rows: Rows, step: int) -> Terms:
         replicas = run.replicas
@@ -233,7 +241,16 @@ class LiBI(Method):
             with replicas.frozen("model."):
                 joint = replicas.log_prob(rows.values, z) - 0.5 * z.square().sum(-1)
             terms["mode"] = -rows.mean(joint - joint.detach())
-        return self._constrained(terms, run, rows, z, step)
+        return self._constrained({**terms, **self._prior(run, rows, step)}, run, rows, z, step)
+
+    def _prior(self, run: Run, rows: Rows, step: int) -> Terms:
+        """A training row's share of the decoder's prior; restarts are judged without."""
+        precision = self.settings["decoder_precision"]
+        if not precision or step == VALIDATION_DRAWS:
+            return {}
+        decoder = run.replicas.group("model.decoder.")
+        squares = [w.square().flatten(1).sum(1) for w in decoder if w.dim() > 2]  # [R, ...]: matrices have more than one
+        return {"prior": rows.share(0.5 * precision / run.batches.count * torch.stack(squares).sum(0))}
 
     @staticmethod
     def _integrals(replicas: Replicas, rows: Rows, z: Tensor, held_out: bool) -> Tensor:

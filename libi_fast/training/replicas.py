@@ -103,8 +103,8 @@ class System(nn.Module):
     def follow_frame(self, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return follow_frame(self.model, x, mean, scale)
 
-    def quadrature(self, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(quadrature(self.model, x, mean, scale))
+    def quadrature(self, x: Tensor, mean: Tensor, scale: Tensor) -> Quadrature:
+        return quadrature(self.model, x, mean, scale)
 
     def expected_log_prob(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """E_q log p(x|z), [N], in closed form; for linear-Gaussian models alone."""
