@@ -414,7 +414,7 @@ def test_finalists_are_those_of_the_highest_likelihood_and_end_in_one():
     assert len(selection["objective"]) == 1
     phases = {r["phase"]: r["epoch"] for r in libi.history if "epoch" in r}
     assert phases["step 1"] < phases["step 1, joint"] / 3
-    for wrong in ({"finalists": 0}, {"likelihood_share": 1.0}, {"likelihood_share": 0.0}):
+    for wrong in ({"finalists": 0}, {"likelihood_share": 1.0}, {"likelihood_share": 0.0}, {"step1_share": 0.0}):
         with pytest.raises(lf.InputError, match=next(iter(wrong))):
             lf.LiBI(d.model(), d.inference(), **wrong)
 

@@ -16,7 +16,7 @@ import libi_fast as lf
 from libi_fast import figures, reproduce
 from libi_fast.cli import REPRODUCED, main
 from libi_fast.errors import InputError
-from libi_fast.reproduce import closed_forms, pictures, pieces, published, references, report, tables
+from libi_fast.reproduce import closed_forms, measure, pictures, pieces, published, references, report, tables
 from libi_fast.reproduce.protocol import METHODS, PROTOCOLS, find
 
 SMOKE = PROTOCOLS["smoke"]
@@ -43,6 +43,19 @@ def test_the_worked_example_is_the_papers():
     assert found["objective at the truth"] == pytest.approx(published.OBJECTIVE_AT_TRUTH, abs=5e-4)
     assert found["objective at the optimum"] == pytest.approx(published.OBJECTIVE_AT_OPTIMUM, abs=5e-4)
     assert found["log-likelihood of the optimum"] == pytest.approx(-3.133, abs=5e-4)
+
+
+def test_a_converged_vae_on_linear_jtex_is_as_wrong_whatever_beta():
+    """The log-likelihood on endless data at the objective's optimum, and the paper's smooth k-NN of it."""
+    data, optimum = lf.data.LinearJTEx(100), closed_forms.worked_example()["log-likelihood of the optimum"]
+    betas = (0.5, 1.0, 2.0, 5.0)
+    grid = lf.fit_grid(
+        [lf.VAE(data.model(), data.inference(), beta=beta) for beta in betas], [data], epochs=8000, restarts=3, progress=False
+    )
+    for (vae,) in grid:
+        reached = data.truth.expected_log_likelihood(*lf.linear_gaussian_marginal(vae.model))
+        assert reached == pytest.approx(optimum, abs=0.02)
+        assert 1.5 < measure.smooth_knn_statistic(data.truth.sample, vae.sample, 500, 2) < 1.8
 
 
 def test_figure_1_is_of_models_with_one_law_of_x():

@@ -37,7 +37,6 @@ from libi_fast.training.replicas import Replicas, System, make_system
 from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Phase, Run, Stage, Terms
 from libi_fast.training.start import copy_encoder, mirror_codes, start_std, use_one_component, whiten_codes
 
-STEP1_SHARE = 2 / 3  # of a repeat's epochs
 STEP1 = ("joint", "importance", "quadrature")
 MODES, SCALES, HELD_OUT_MODES = "modes", "scales", "held-out modes"
 
@@ -55,7 +54,7 @@ class LiBI(Method):
         encoder: a network of its own for h in the first step 1, of the inference network's architecture up to the last
             layer (L outputs); None uses the mean of q throughout, which is what the repeats do anyway.
         hz_weight, covariance_tolerance, mean_tolerance: the paper's eps_HZ, eps_Sigma, eps_mu.
-        repeats: R.
+        repeats: R. step1_share: of a repeat's epochs, those of step 1.
         step1: what step 1 maximises beside its constraints, and so what restarts are judged by:
             'joint', log p(x_n | z_n), as published;
             'importance', log (1/S) sum_s p(x_n, z_s) / q(z_s | x_n) over q as well, the constraints on a draw of q each row;
@@ -97,7 +96,7 @@ class LiBI(Method):
 
     def __init__(
         self, model: Any, inference: Any, encoder: Any = None, hz_weight: float = 1.0, covariance_tolerance: float = 0.2,
-        mean_tolerance: float = 0.2, repeats: int = 6, whiten: bool = True, warm_up: int = 300,
+        mean_tolerance: float = 0.2, repeats: int = 6, step1_share: float = 2 / 3, whiten: bool = True, warm_up: int = 300,
         candidates: int = 4, initial_std: float | None = None, step1: str = "joint", likelihood_share: float = 0.5,
         likelihood_rate: float = 1.0, decoder_precision: float = 0.0, finalists: int | None = None, step2: str = "elbo",
         sampler: str = SAMPLER, num_samples: int = 8, inference_restarts: int = 1, constraints: Sequence[Constraint] = (),
@@ -122,8 +121,9 @@ class LiBI(Method):
             if choice not in known:
                 raise InputError(f"{label} must be one of {', '.join(map(repr, known))}, got {choice!r}")
         check_objective("step2", step2, sampler)
-        if not 0 < likelihood_share < 1:
-            raise InputError(f"likelihood_share must lie between 0 and 1, got {likelihood_share}")
+        for label, share in {"step1_share": step1_share, "likelihood_share": likelihood_share}.items():
+            if not 0 < share < 1:
+                raise InputError(f"{label} must lie between 0 and 1, got {share}")
         if not 0 <= decoder_precision < math.inf:
             raise InputError(f"decoder_precision must be 0 or positive, got {decoder_precision}")
         if finalists is not None:
@@ -139,7 +139,7 @@ class LiBI(Method):
             raise InputError("step1='importance' learns q, whose mean is the encoder: leave encoder=None")
         super().__init__(
             model, inference, encoder, hz_weight=hz_weight, covariance_tolerance=covariance_tolerance,
-            mean_tolerance=mean_tolerance, repeats=repeats, whiten=whiten, warm_up=warm_up,
+            mean_tolerance=mean_tolerance, repeats=repeats, step1_share=step1_share, whiten=whiten, warm_up=warm_up,
             candidates=candidates, initial_std=initial_std, step1=step1, likelihood_share=likelihood_share,
             likelihood_rate=likelihood_rate, decoder_precision=decoder_precision, finalists=finalists, step2=step2,
             sampler=sampler, num_samples=num_samples, inference_restarts=inference_restarts, constraints=tuple(constraints),
@@ -373,7 +373,7 @@ class LiBI(Method):
         stages: list[Stage] = []
         for repeat in range(repeats):
             share = epochs * (repeat + 1) // repeats - epochs * repeat // repeats
-            step1 = round(share * STEP1_SHARE)
+            step1 = min(max(1, round(share * self.settings["step1_share"])), share - 1)
             stages += self._step1(run, step1, repeat == 0)
             stages += [Run.judge]  # theta is judged by step 1's objective, whatever step 2 makes of q
             stages += self._step2(run, share - step1, repeat == 0)
