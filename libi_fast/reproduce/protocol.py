@@ -23,7 +23,7 @@ LINEAR = ("LinearJTEx", "Gaussian")
 # The paper leaves the start open. Without this one the bounds do not converge where the noise variance is 1e-6.
 START = {"whiten": True, "warm_up": 300}
 PUBLISHED_LIBI = {"step1": "joint", "step2": "elbo", "candidates": 2}
-OURS = {"step2": "posterior", "repeats": 1, "candidates": 2, "finalists": 1}
+OURS = {"step1": "quadrature", "step2": "posterior", "repeats": 1, "candidates": 2, "finalists": 1}
 # What is changed of LiBI as published: of its settings, and of its training.
 ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "codes not whitened": ({"whiten": False}, {}),
@@ -126,7 +126,7 @@ def one_setting(dataset: str, method: str) -> list[dict[str, Any]]:
         "annealing": [{"beta": 1.0, "anneal": True, **START}],
         "lagging": [{"segments": published.SEGMENTS[dataset][0], **START}],
         "LiBI": [{"hz_weight": 1.0, "covariance_tolerance": 0.2, "mean_tolerance": 0.2, "repeats": 1, **PUBLISHED_LIBI}],
-        "ours": [{**OURS, **OURS_STEP1[dataset]}],
+        "ours": [{**OURS, **OURS_OF[dataset]}],
     }
     return grids[method]
 
@@ -145,21 +145,24 @@ def full_grid(dataset: str, method: str) -> list[dict[str, Any]]:
             for c in published.TOLERANCES
             for m in published.TOLERANCES
         ],
-        "ours": [{**OURS, **OURS_STEP1[dataset]}],
+        "ours": [{**OURS, **OURS_OF[dataset]}],
     }
     return grids[method]
 
 
 # Epochs of both steps, restarts, and those that go on to the end of step 1's joint part.
 OURS_TRAINING = {
-    "LinearJTEx": (3000, 10, 5), "CubicJTEx": (6000, 40, 8), "Gaussian": (4500, 10, 5), "Mobius": (8000, 16, 4),
+    "LinearJTEx": (3000, 10, 5), "CubicJTEx": (8000, 20, 8), "Gaussian": (4500, 10, 5), "Mobius": (9600, 10, 4),
 }  # fmt: skip
-OURS_STEP1: dict[str, dict[str, Any]] = {
-    "LinearJTEx": {"step1": "quadrature", "likelihood_share": 0.2},
-    "CubicJTEx": {"step1": "quadrature", "likelihood_share": 0.06, "likelihood_rate": 0.1},
-    "Gaussian": {"step1": "quadrature", "likelihood_share": 0.2},
-    "Mobius": {"step1": "quadrature", "likelihood_share": 0.021, "likelihood_rate": 0.1},
-}
+OURS_OF: dict[str, dict[str, Any]] = {
+    "LinearJTEx": {"likelihood_share": 0.2},
+    "CubicJTEx": {"likelihood_share": 0.12, "likelihood_rate": 0.3, "step1_share": 1 / 2, "inference_restarts": 4},
+    "Gaussian": {"likelihood_share": 0.2},
+    "Mobius": {
+        "likelihood_share": 0.15, "likelihood_rate": 0.3, "decoder_precision": 100.0, "step1_share": 1 / 6,
+        "inference_restarts": 3,
+    },
+}  # fmt: skip
 QUICK_EPOCHS = {"LinearJTEx": 20_000, "CubicJTEx": 20_000, "Gaussian": 20_000, "Mobius": 16_000}
 
 
