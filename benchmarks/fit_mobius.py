@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import libi_fast as lf
+from libi_fast.reproduce.references import MobiusMap
 
 SEED = 0
 DRAWS = 4096
@@ -17,15 +18,9 @@ STEPS = 3000
 FILE = Path(__file__).parent.parent / "libi_fast" / "data" / "mobius.safetensors"
 
 
-def mobius(z: Tensor) -> Tensor:
-    """(a z + b) / (c z + d) in complex arithmetic, [N, 2] -> [N, 2]."""
-    z = torch.complex(z[:, 0], z[:, 1])
-    return torch.view_as_real((z + (1 + 4j)) / (z + (7 + 4j)))
-
-
 def errors(network: torch.nn.Module, z: Tensor) -> Tensor:
     with torch.no_grad():
-        return (network(z) - mobius(z)).square().sum(1).sqrt()
+        return (network(z) - MobiusMap()(z)).square().sum(1).sqrt()
 
 
 def main() -> None:
@@ -34,7 +29,7 @@ def main() -> None:
     # Twice as wide as the prior for a part of the points: the network must hold in the tails, too.
     z = lf.philox_normal(SEED, DRAWS, 2, stream=lf.Stream.INITIALISATION, dtype=torch.float64)
     z = torch.cat([z, 2 * z[: DRAWS // 4]])
-    target = mobius(z)
+    target = MobiusMap()(z).detach()
     optimiser = torch.optim.LBFGS(
         network.parameters(), max_iter=STEPS, max_eval=2 * STEPS, history_size=100, tolerance_grad=1e-12,
         tolerance_change=1e-16, line_search_fn="strong_wolfe",

@@ -21,17 +21,17 @@ BLOCK = 2000  # repetitions whose points are held at a time
 
 
 def of_truth(data: SyntheticDataset, repetitions: int) -> dict[str, Any]:
-    """The ground truth on its own test rows, beside exact maximum likelihood (None where there is none), and what two samples
-    of p(x) differ by."""
+    """The ground truth on its own test rows, beside exact maximum likelihood, and what two samples of p(x) differ by."""
     best = references.maximum_likelihood(data)
     if isinstance(data.truth, QuadratureTruth):
         truth = references.exact(data.truth.model, data.test)
     else:
         truth = data.truth.log_likelihood(data.test)
-    of_best = None if best is None else float(references.exact(best, data.test).mean())
     first, second = (data.truth.sample(len(data.test), seed) for seed in (SAMPLE_SEEDS[0], SAMPLE_SEEDS[2]))
     return {
-        "log-likelihood": float(truth.mean()), "of rows": truth.tolist(), "log-likelihood of maximum likelihood": of_best,
+        "log-likelihood": float(truth.mean()), "of rows": truth.tolist(),
+        "log-likelihood of maximum likelihood": float(references.exact(best, data.test).mean()),
+        "smooth k-NN of maximum likelihood": smooth_knn_statistic(data.truth.sample, best.sample, repetitions, SAMPLE_SEEDS[1]),
         "smooth k-NN": smooth_knn_statistic(data.truth.sample, data.truth.sample, repetitions, SAMPLE_SEEDS[2]),
         "energy distance": float(energy_distance(first, second)),
     }  # fmt: skip
@@ -44,14 +44,13 @@ def of_method(fitted: Any, data: SyntheticDataset, truth: dict[str, Any], sample
     exact = references.exact(fitted.model, data.test)
     estimate = fitted.log_likelihood(data.test, num_samples=samples, variance_inflation=published.INFLATION)
     paired = exact - torch.tensor(truth["of rows"], dtype=exact.dtype)
-    best = truth["log-likelihood of maximum likelihood"]
     codes = aggregated_posterior(fitted.posterior(data.test))
     fresh = fitted.sample(len(data.test), SAMPLE_SEEDS[1]).double()
     return {
         "exact": float(exact.mean()),
         "minus truth": float(paired.mean()),
         "its error over rows": float(paired.std() / len(paired) ** 0.5),
-        "minus maximum likelihood": None if best is None else float(exact.mean()) - best,
+        "minus maximum likelihood": float(exact.mean()) - truth["log-likelihood of maximum likelihood"],
         "on endless data": _population(fitted, data),
         "importance-sampled": float(estimate.log_likelihood.double().mean()),
         "importance-sampled minus exact": float((estimate.log_likelihood.double() - exact).mean()),

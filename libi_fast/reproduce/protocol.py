@@ -34,6 +34,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "six repeats": ({"repeats": 6}, {}),
     "step 1 ends by quadrature": ({"step1": "quadrature", "likelihood_share": 0.05, "finalists": 1}, {}),
     "step 2 by draws": ({"step2": "posterior", "finalists": 1}, {}),
+    "step 2 by draws, of four networks": ({"step2": "posterior", "finalists": 1, "inference_restarts": 4}, {}),
 }
 KINDS: dict[str, Callable[..., Any]] = {
     "VAE": lf.VAE, "beta-VAE": lf.VAE, "annealing": lf.VAE, "lagging": lf.LaggingVAE, "LiBI": lf.LiBI, "ours": lf.LiBI,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from libi_fast.data.synthetic import JTEX_B
 from libi_fast.models.laplace import local_log_likelihood
@@ -21,6 +22,7 @@ from libi_fast.models.quadrature import quadrature_log_likelihood
 TOLERANCE = 1e-3  # of quadrature: it stops where two halvings in a row agree to a tenth of that, and is then right to 1e-9
 CUBIC_NODES = 52  # along each axis: halving their spacing moves a row by less than 1e-9
 CUBIC_REACH = 7.0  # standard deviations of the noise
+MOBIUS = (1, 1 + 4j, 7 + 4j)  # a, b and d of the data set's map
 
 
 def in_double(model: LatentVariableModel) -> LatentVariableModel:
@@ -58,24 +60,24 @@ def nearly_exact(model: LatentVariableModel, x: Tensor) -> float:
     return float(found.mean())
 
 
-def maximum_likelihood(data: Any) -> LatentVariableModel | None:
-    """The model of the data set's own architecture that maximises the likelihood of its training rows, in float64; None for
-    Mobius, whose 252 weights have no such optimum that could be found with certainty.
+def maximum_likelihood(data: Any) -> LatentVariableModel:
+    """The model of the data set's own family that maximises the likelihood of its training rows, in float64.
 
     Linear: Tipping & Bishop (1999) with the noise known, whose optimum LinearJTEx's A can take, too. CubicJTEx:
-    see :func:`cubic_maximum_likelihood`.
+    see :func:`cubic_maximum_likelihood`. Mobius: of the six numbers of such a map, not of 252 weights, which have no optimum that
+    could be found with certainty; it is what a method would reach that knew what the data are.
     """
     x, noise = data.train.double(), data.truth.noise_variance
+    if data.name == "Mobius":
+        return mobius_maximum_likelihood(x, data.truth.model)
     model = in_double(data.model())
-    weights = next(model.decoder.parameters())  # but on Mobius the only ones
+    weights = next(model.decoder.parameters())
     if data.name == "Gaussian":
         weights.copy_(principal_weight(x, float(noise[0]), 2))
     elif data.name == "LinearJTEx":
         weights.copy_(principal_weight(x, float(noise[0] + JTEX_B[0]), 2))
-    elif data.name == "CubicJTEx":
-        weights.copy_(cubic_maximum_likelihood(x, noise, data.truth.model.decoder[0].weight))
     else:
-        return None
+        weights.copy_(cubic_maximum_likelihood(x, noise, data.truth.model.decoder[0].weight))
     return model
 
 
@@ -109,16 +111,43 @@ def cubic_maximum_likelihood(x: Tensor, noise_variance: Tensor, start: Tensor) -
     """A [2, 2], lower triangular, of CubicJTEx's decoder chol(A A' + B) at the maximum of the likelihood next to ``start``, a
     lower-triangular factor of a covariance: L-BFGS over its three numbers."""
     free = start.detach().clone().tril().requires_grad_()
+    _maximise(free, lambda: cubic_log_likelihood(x, noise_variance, free.tril()))
+    factor = free.detach().tril()
+    b = torch.diag(torch.tensor(JTEX_B, dtype=x.dtype, device=x.device))
+    return torch.linalg.cholesky(factor @ factor.T - b)
+
+
+class MobiusMap(nn.Module):
+    """z -> (a z + b) / (z + d) in complex arithmetic, z [..., 2] as z1 + i z2; a, b and d as three pairs of real numbers."""
+
+    def __init__(self, numbers: Sequence[complex] = MOBIUS):
+        super().__init__()
+        self.numbers = nn.Parameter(torch.view_as_real(torch.tensor(numbers, dtype=torch.complex128)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        a, b, d = torch.view_as_complex(self.numbers)
+        z = torch.view_as_complex(z.contiguous())
+        return torch.view_as_real((a * z + b) / (z + d))
+
+
+def mobius_maximum_likelihood(x: Tensor, truth: LatentVariableModel) -> LatentVariableModel:
+    """The map's six numbers at the maximum of the likelihood of rows x next to those that ``truth`` was fitted to, the noise
+    being the truth's: L-BFGS on the integral around the modes."""
+    model = LatentVariableModel(MobiusMap(), copy.deepcopy(truth.likelihood).double(), 2)
+    z = laplace_mixture(model, x).heaviest()
+    _maximise(model.decoder.numbers, lambda: local_log_likelihood(model, x, z))
+    return model.requires_grad_(False)
+
+
+def _maximise(free: Tensor, log_likelihood: Callable[[], Tensor]) -> None:
+    """The mean of the rows' log-likelihoods, over the numbers ``free``, in place."""
     optimiser = torch.optim.LBFGS([free], max_iter=60, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss = -cubic_log_likelihood(x, noise_variance, free.tril()).mean()
+        loss = -log_likelihood().mean()
         loss.backward()
-        return loss
+        return loss.detach()
 
     with torch.enable_grad():
         optimiser.step(closure)
-    factor = free.detach().tril()
-    b = torch.diag(torch.tensor(JTEX_B, dtype=x.dtype, device=x.device))
-    return torch.linalg.cholesky(factor @ factor.T - b)

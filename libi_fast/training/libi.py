@@ -246,11 +246,11 @@ class LiBI(Method):
     def _prior(self, run: Run, rows: Rows, step: int) -> Terms:
         """A training row's share of the decoder's prior; restarts are judged without."""
         precision = self.settings["decoder_precision"]
-        if not precision or step == VALIDATION_DRAWS:
+        matrices = [w for w in run.replicas.group("model.decoder.") if w.dim() > 2]  # [R, ...]
+        if not precision or not matrices or step == VALIDATION_DRAWS:
             return {}
-        decoder = run.replicas.group("model.decoder.")
-        squares = [w.square().flatten(1).sum(1) for w in decoder if w.dim() > 2]  # [R, ...]: matrices have more than one
-        return {"prior": rows.share(0.5 * precision / run.batches.count * torch.stack(squares).sum(0))}
+        squares = torch.stack([w.square().flatten(1).sum(1) for w in matrices]).sum(0)
+        return {"prior": rows.share(0.5 * precision / run.batches.count * squares)}
 
     @staticmethod
     def _integrals(replicas: Replicas, rows: Rows, z: Tensor, held_out: bool) -> Tensor:
