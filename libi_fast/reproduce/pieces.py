@@ -68,8 +68,6 @@ class Folder:
 def identity_of(protocol: Protocol, piece: Piece | None, dataset: str) -> dict[str, Any]:
     """What decides the numbers of a piece, or of a data set's truth."""
     common = {"dataset": dataset, "seeds": protocol.seeds, "rows": protocol.rows, "repetitions": protocol.repetitions}
-    if dataset == "Mobius":
-        common["test rows"] = protocol.mobius_rows
     if piece is None:
         return common
     own = {"method": piece.method, "grid": piece.grid, "training": piece.training, "samples": protocol.samples}

@@ -79,7 +79,6 @@ class Protocol:
     Attributes:
         name: on the command line. seeds: of the data sets. rows: of train, validation and test each.
         grid, training: from (data set, method) to settings, and to arguments of ``fit_grid``.
-        mobius_rows: of its test rows so many are used, each of which takes 0.04 s of quadrature; None for all.
         samples: of importance sampling. repetitions: of the smooth k-NN statistic. seed: of the training.
     """
 
@@ -92,7 +91,6 @@ class Protocol:
     repetitions: int = published.REPETITIONS
     seed: int = 0
     datasets: tuple[str, ...] = DATASETS
-    mobius_rows: int | None = None
 
     def piece(self, dataset: str, method: str) -> Piece:
         return Piece(dataset, method, tuple(self.grid(dataset, method)), self.training(dataset, method))
@@ -112,8 +110,7 @@ class Protocol:
         """The draws of a data set."""
         kind = {"LinearJTEx": lf.data.LinearJTEx, "CubicJTEx": lf.data.CubicJTEx, "Gaussian": lf.data.GaussianExample,
                 "Mobius": lf.data.Mobius}[dataset]  # fmt: skip
-        test = self.mobius_rows if dataset == "Mobius" and self.mobius_rows is not None else self.rows
-        return [kind(seed, self.rows, self.rows, test) for seed in self.seeds]
+        return [kind(seed, self.rows, self.rows, self.rows) for seed in self.seeds]
 
 
 # --- settings ---
@@ -198,7 +195,7 @@ def smoke_grid(dataset: str, method: str) -> list[dict[str, Any]]:
 PROTOCOLS = {
     p.name: p
     for p in (
-        Protocol("quick", one_setting, quick_training, repetitions=2000, mobius_rows=200),
+        Protocol("quick", one_setting, quick_training, repetitions=2000),
         Protocol("paper", full_grid, paper_training),
         Protocol(
             "smoke",

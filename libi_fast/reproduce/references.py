@@ -64,8 +64,8 @@ def maximum_likelihood(data: Any) -> LatentVariableModel:
     """The model of the data set's own family that maximises the likelihood of its training rows, in float64.
 
     Linear: Tipping & Bishop (1999) with the noise known, whose optimum LinearJTEx's A can take, too. CubicJTEx:
-    see :func:`cubic_maximum_likelihood`. Mobius: of the six numbers of such a map, not of 252 weights, which have no optimum that
-    could be found with certainty; it is what a method would reach that knew what the data are.
+    see :func:`cubic_maximum_likelihood`. Mobius: of the six numbers of such a map, not of 252 weights, which have no optimum
+    that could be found with certainty; it is what a method would reach that knew what the data are.
     """
     x, noise = data.train.double(), data.truth.noise_variance
     if data.name == "Mobius":
@@ -133,9 +133,10 @@ class MobiusMap(nn.Module):
 def mobius_maximum_likelihood(x: Tensor, truth: LatentVariableModel) -> LatentVariableModel:
     """The map's six numbers at the maximum of the likelihood of rows x next to those that ``truth`` was fitted to, the noise
     being the truth's: L-BFGS on the integral around the modes."""
-    model = LatentVariableModel(MobiusMap(), copy.deepcopy(truth.likelihood).double(), 2)
+    decoder = MobiusMap()
+    model = LatentVariableModel(decoder, copy.deepcopy(truth.likelihood).double(), 2)
     z = laplace_mixture(model, x).heaviest()
-    _maximise(model.decoder.numbers, lambda: local_log_likelihood(model, x, z))
+    _maximise(decoder.numbers, lambda: local_log_likelihood(model, x, z))
     return model.requires_grad_(False)
 
 
