@@ -272,7 +272,7 @@ def test_the_report_needs_nothing_beside_it(done, monkeypatch):
     for outside in ("http:", "https:", "<script", "<link", "@import", "url("):
         assert outside not in page
     assert page.count("<table>") == page.count("</table>") == 4  # Table 1 by two rules, codes, settings
-    for text in ("0.532", "0.196", "-3.15 ± 0.04", "LiBI, published", "setting chosen", "seeds 0 to 1"):
+    for text in ("0.532", "0.196", "-3.15&nbsp;±&nbsp;0.04", "LiBI, published", "setting chosen", "seeds 0 to 1"):
         assert text in page
 
 

@@ -17,6 +17,7 @@ from libi_fast.reproduce.pieces import TRUTH, Folder, read_result, truth_of
 from libi_fast.reproduce.protocol import METHODS
 from libi_fast.reproduce.tables import Results, Table, all_tables, times
 
+UNBROKEN = "&nbsp;±&nbsp;"  # a value and its error stay on one line
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
 body { font-family: sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; line-height: 1.45; color: #111 }
@@ -90,7 +91,7 @@ def _paragraphs(text: str) -> list[str]:
 
 def table(t: Table) -> str:
     def row(cells: list[str], kind: str) -> str:
-        return "<tr>" + "".join(f"<{kind}>{html.escape(c).replace('+-', '±')}</{kind}>" for c in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{kind}>{html.escape(c).replace(' +- ', UNBROKEN)}</{kind}>" for c in cells) + "</tr>"
 
     body = "".join(row(r, "td") for r in t.rows)
     return (
