@@ -37,6 +37,7 @@ from benchmarks import (  # noqa: E402
     robustness,
     smooth_knn,
 )
+from libi_fast.kernels import cpu as native  # noqa: E402
 
 OTHERS = {
     "linear_jtex": lambda: accuracy.linear("LinearJTEx"),
@@ -86,8 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.print_summary(measured)
         machine = report.machine()
         drawn, dates = plots.measured_on(options.out, cpu.NAMES, machine)
-        name = f"cpu-{machine['compiled library'] or 'none'}.png"
-        picture = plots.cpu(drawn, plots.caption(machine, dates), options.out / name)
+        picture = plots.cpu(drawn, plots.caption(machine, dates), options.out / f"cpu-{native.isa()}.png")
         print(f"-> {picture}" if picture else "nothing to draw")
     return int(any("refused" in found for found in measured.values()))
 

@@ -414,6 +414,10 @@ def test_finalists_are_those_of_the_highest_likelihood_and_end_in_one():
     assert len(selection["objective"]) == 1
     phases = {r["phase"]: r["epoch"] for r in libi.history if "epoch" in r}
     assert phases["step 1"] < phases["step 1, joint"] / 3
+    assert max(r["epoch"] for r in libi.history if r["phase"] == "step 2") == 29
+    shorter = lf.LiBI(d.model(), d.inference(), repeats=1, warm_up=2, candidates=1, step1_share=1 / 3)
+    shorter.fit(d.train, d.validation, epochs=90, restarts=1, seed=1, progress=False)
+    assert max(r["epoch"] for r in shorter.history if r["phase"] == "step 2") == 59
     for wrong in ({"finalists": 0}, {"likelihood_share": 1.0}, {"likelihood_share": 0.0}, {"step1_share": 0.0}):
         with pytest.raises(lf.InputError, match=next(iter(wrong))):
             lf.LiBI(d.model(), d.inference(), **wrong)
@@ -432,8 +436,8 @@ def blind_libi(rows=40):
 
 def keep_frames(replicas, rows, model):
     mean, scale = local_frame(model, rows.values, lf.laplace_mixture(model, rows.values).heaviest())
-    replicas.own |= {name: t.expand(replicas.count, *t.shape).clone() for name, t in (("modes", mean), ("scales", scale))}
-    replicas.own["held-out modes"] = replicas.own["modes"].clone()
+    replicas.own |= {name: t.expand(replicas.count, *t.shape).clone() for name, t in (("means", mean), ("scales", scale))}
+    replicas.own["held-out means"] = replicas.own["means"].clone()
 
 
 def test_integrals_are_around_modes_where_codes_are_poor():
@@ -463,7 +467,7 @@ def test_integrals_follow_theta(step, count):
         for start in range(0, count, 16):
             with replicas.block(start, 16) if count > 1 else contextlib.nullcontext():
                 found = libi._integrals(replicas, rows, replicas.codes(rows.values), False)
-    assert torch.allclose(replicas.own["modes"][-1], replicas.own["modes"][0], atol=1e-4)
+    assert torch.allclose(replicas.own["means"][-1], replicas.own["means"][0], atol=1e-4)
     replicas.load_into(libi.system, replicas.parameters, 0)
     weight = libi.model.decoder[0].weight.detach().double()
     exact = cubic_log_likelihood(d.train.double(), d.noise_variance.double(), weight)
@@ -501,10 +505,12 @@ def test_step_2_keeps_the_best_of_several_networks(step2, seed):
     states = one.state(), several.state()
     theta = [k for k in states[0] if k.startswith("model.")]
     assert theta and all(torch.equal(states[0][k], states[1][k]) for k in theta)
-    last = [m.history[-3] for m in (one, several)]
+    last = [[r for r in m.history if r["phase"] == "step 2"][-1] for m in (one, several)]
     terms = ["simulated"] if step2 == "posterior" else ["reconstruction", "kl"]
     ended = [torch.tensor([record[t] for t in terms]).sum(0) for record in last]
     assert len(ended[0]) == 1 and len(ended[1]) == 4 and ended[1][0] == pytest.approx(ended[0].item(), rel=1e-3)
+    (networks,) = (r["objective"] for r in several.history if r["phase"] == "networks")
+    assert len(networks) == 4 and torch.tensor(networks).argmin() == ended[1].argmin()
     q = [{k: v for k, v in state.items() if k.startswith("inference.")} for state in states]
     same = all(torch.equal(q[0][k], q[1][k]) for k in q[0])
     assert same == (int(ended[1].argmin()) == 0) == (step2 == "elbo")
@@ -530,5 +536,26 @@ def test_at_the_optimum_the_decoder_s_prior_balances_the_likelihood():
     pull = precision / 200 * weight.detach()
     assert (slopes[0] - pull).norm() < 0.05 * pull.norm()
     assert slopes[1].norm() < 0.05 * pull.norm()
-    with pytest.raises(lf.InputError, match="decoder_precision"):
-        lf.LiBI(model, d.inference(), decoder_precision=-1.0)
+    for wrong in ({"decoder_precision": -1.0}, {"decoder_precision": 1.0, "step1": "joint"}):
+        with pytest.raises(lf.InputError, match="decoder_precision"):
+            lf.LiBI(model, d.inference(), **wrong)
+    loader = torch.utils.data.DataLoader(d.train, batch_size=50)
+    with pytest.raises(lf.InputError, match="decoder_precision needs to know"):
+        libi.fit(loader, d.validation, epochs=9, progress=False)
+
+
+def test_several_networks_after_a_step_1_that_learned_one():
+    """Networks that are drawn anew begin with a spread that serves; the one that was learned is left as it is."""
+    d = lf.data.GaussianExample(seed=1, train=80, validation=60, test=10)
+    options = {"repeats": 1, "warm_up": 20, "candidates": 1, "step1": "importance"}
+    libi = lf.LiBI(d.model(), d.inference(), inference_restarts=3, **options)
+    libi.fit(d.train, d.validation, epochs=120, restarts=1, seed=1, progress=False)
+    first = next(r for r in libi.history if r["phase"] == "step 2")
+    began = torch.tensor(first["reconstruction"]) + torch.tensor(first["kl"])
+    one = lf.LiBI(d.model(), d.inference(), **options)
+    one.fit(d.train, d.validation, epochs=120, restarts=1, seed=1, progress=False)
+    alone = next(r for r in one.history if r["phase"] == "step 2")
+    assert began[0] == pytest.approx(alone["reconstruction"][0] + alone["kl"][0], rel=1e-3)
+    # A network that knows nothing is as far from every code as the prior is: with std s it pays some |W|^2 / (2 noise).
+    weight = libi.model.decoder.weight.detach()
+    assert (began[1:] < 10 * weight.square().sum() / 2e-6).all()

@@ -164,6 +164,11 @@ def test_a_piece_holds_what_the_table_shows(done):
     assert one["minus maximum likelihood"] == pytest.approx(one["exact"] - truth["log-likelihood of maximum likelihood"])
 
 
+def test_the_table_has_the_rows_that_are_wanted(done):
+    assert set(report.collect(done)["LinearJTEx"]) == {"VAE", "beta-VAE", "LiBI", pieces.TRUTH}
+    assert set(report.collect(done, ["VAE", "ours"])["LinearJTEx"]) == {"VAE", pieces.TRUTH}  # ours is not done
+
+
 def test_restarts_are_chosen_by_either_rule(done):
     piece = TINY.piece("LinearJTEx", "beta-VAE")
     found = pieces.read_result(done, piece)
@@ -250,7 +255,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     file.write_text(json.dumps({"identity": pieces.identity_of(SMOKE, SMOKE.piece("LinearJTEx", "VAE"), "LinearJTEx")}))
     refused(capsys, [*command, "--first-seed", "7"], "other settings")
     for wrong in ([*command, "--methods", "VAE"], ["reproduce", "table1", "--methods", "VAE", "GAN"]):
-        refused(capsys, wrong, "methods are of table1, and among VAE, beta-VAE")
+        refused(capsys, wrong, "methods are of table1, a list from VAE, beta-VAE")
     with pytest.raises(InputError, match="the first seed must be at least 0, got -1"):
         reproduce.run("all", "smoke", tmp_path, first_seed=-1)
     with pytest.raises(InputError, match="unknown protocol 'long'; known: quick, paper, smoke"):

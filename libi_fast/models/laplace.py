@@ -23,9 +23,9 @@ from libi_fast.ops.random import Stream, philox_normal, philox_uniform
 
 WIDER = 1.5  # a proposal's variance over Laplace's: weights of a posterior that is nearly Gaussian stay bounded
 SPACING, NODES = 0.75, 13  # of local quadrature along each axis: how far apart, in standard deviations, and how many
-ROUNDS = 2  # of moving the nodes to the posterior's own mean and covariance
+ROUNDS = 2  # of Gauss-Newton steps, and of fitting the nodes to the posterior's own mean and covariance
 SHARES = (0.0, 0.1, 0.3, 1.0)  # of a Gauss-Newton step
-MOVED = 2.0  # nats by which a mode must be above the middle of the nodes for them to follow it
+MOVED = 2.0  # nats by which log p(x, z) must be higher elsewhere for the nodes to leave their place
 
 
 @torch.no_grad()
@@ -163,32 +163,38 @@ def local_log_likelihood(model: LatentVariableModel, x: Tensor, z: Tensor) -> Te
 def local_frame(model: LatentVariableModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Where nodes are to be, mean [n, L] and scale [n, L, L], from codes z [n, L] near the modes: by Laplace's approximation,
     then by the mean and covariance of p(z | x) under the nodes before."""
-    mean, scale = z, z
+    mean = z
     for _ in range(ROUNDS):
-        mean, scale, _ = _uphill(model, x, mean)
+        mean, _ = _uphill(model, x, mean)
+    _, scale = laplace(model, x, mean)
     for _ in range(ROUNDS):
         _, mean, scale = quadrature(model, x, mean, scale)
     return mean, scale
 
 
 @torch.no_grad()
-def follow_frame(model: LatentVariableModel, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The frame of a model that has changed a little: as it was, or by Laplace's approximation where the mass is elsewhere."""
+def follow_frame(model: LatentVariableModel, x: Tensor, z: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The frame of a model that has changed a little: as it was; or, where p(z | x) has moved away from it, by Laplace's
+    approximation at a mode that is reached from it or from codes z [n, L]."""
+    here = log_joint(model, x, mean)
+    moved = log_joint(model, x, z) > here + MOVED
+    place = torch.where(moved[:, None], z, mean)
     for _ in range(ROUNDS):
-        moved, laplace_scale, gained = _uphill(model, x, mean)
-        gone = (gained > MOVED)[:, None]
-        mean, scale = torch.where(gone, moved, mean), torch.where(gone[..., None], laplace_scale, scale)
-    return mean, scale
+        higher, gained = _uphill(model, x, place)
+        rises = gained > MOVED
+        place, moved = torch.where(rises[:, None], higher, place), moved | rises
+    _, laplace_scale = laplace(model, x, place)
+    return place, torch.where(moved[:, None, None], laplace_scale, scale)
 
 
-def _uphill(model: LatentVariableModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as far towards the mean of Laplace's approximation as log p(x, z) rises most, its scale, and how much that is."""
-    target, scale = laplace(model, x, z)
-    shares = torch.tensor(SHARES, dtype=z.dtype, device=z.device)
-    points = z[:, None] + shares[:, None] * (target - z)[:, None]
+def _uphill(model: LatentVariableModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes as far along a Gauss-Newton step from z [n, L] as log p(x, z) rises most, and by how much it does, [n]."""
+    target, _ = laplace(model, x, z)
+    step = torch.nan_to_num(target - z, 0.0, 0.0, 0.0)
+    points = torch.stack([z + share * step for share in SHARES], 1)
     joint = torch.nan_to_num(log_joint(model, x, points), -math.inf, -math.inf)
     best, place = joint.max(-1, keepdim=True)
-    return torch.take_along_dim(points, place[..., None], 1)[:, 0], scale, best[:, 0] - joint[:, 0]
+    return torch.take_along_dim(points, place[..., None], 1)[:, 0], best[:, 0] - joint[:, 0]
 
 
 def quadrature(model: LatentVariableModel, x: Tensor, mean: Tensor, scale: Tensor) -> Quadrature:

@@ -38,7 +38,7 @@ def run(
         what: 'table1', 'figure1' to 'figure5', 'ablations' (of LiBI, as paired differences), or 'all'.
         protocol: 'quick', 'paper' or 'smoke'.
         out: the folder. seconds: begin no piece after that many. device: to train on. progress: say what is done.
-        first_seed: of the data sets, which are of it and the seeds that follow; None for those of the table, 100 to 104.
+        first_seed: of the data sets, which are of it and the seeds that follow; None for the protocol's own.
         methods: rows of 'table1' that are wanted, such as 'VAE', 'LiBI' and 'ours'; None for all.
 
     Returns:
@@ -62,8 +62,8 @@ def run(
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
     chosen = protocols.find(protocol, first_seed)
-    if methods is not None and (what != TABLE1 or not set(methods) <= set(protocols.METHODS)):
-        raise InputError(f"methods are of table1, and among {', '.join(protocols.METHODS)}; got {', '.join(methods)} of {what}")
+    if methods is not None and (what != TABLE1 or not methods or not set(methods) <= set(protocols.METHODS)):
+        raise InputError(f"methods are of table1, a list from {', '.join(protocols.METHODS)}; got {methods} of {what}")
     folder = pieces.Folder(out, chosen, device)
     if what in FIGURES:
         dataset, methods = FIGURES[what]
@@ -89,7 +89,7 @@ def run(
         if left or not done:
             print(f"{len(wanted) - len(left)} of {len(wanted)} pieces are done; the same command goes on")
             return None
-        return _write(what, folder)
+        return _write(what, folder, methods)
     finally:
         torch.set_num_threads(threads)
 
@@ -107,7 +107,7 @@ def _wait_for_others() -> None:
         dist.destroy_process_group()
 
 
-def _write(what: str, folder: Any) -> Path:
+def _write(what: str, folder: Any, methods: Sequence[str] | None) -> Path:
     from libi_fast import console, figures
     from libi_fast.reproduce import pictures, pieces, report, tables
 
@@ -125,7 +125,7 @@ def _write(what: str, folder: Any) -> Path:
             table = tables.ablations(dataset, base, changed)
             console.print_table(table.title, table.header, table.rows, table.caption)
         return _written(folder.path / f"{ABLATIONS}.json", report.summary(folder, every))
-    results = report.collect(folder)
+    results = report.collect(folder, methods)
     if what == TABLE1:
         for dataset in results:
             for table in (tables.table1(dataset, results[dataset]), tables.codes(dataset, results[dataset])):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -32,11 +33,12 @@ $body
 """)
 
 
-def collect(folder: Folder) -> dict[str, Results]:
-    """{data set: {method: result}} of what is done; under TRUTH the ground truth's."""
+def collect(folder: Folder, methods: Sequence[str] | None = None) -> dict[str, Results]:
+    """{data set: {method: result}} of what is done, of these methods or all; under TRUTH the ground truth's."""
     found: dict[str, Results] = {}
     for dataset in folder.protocol.datasets:
-        results = {m: r for m in METHODS if (r := read_result(folder, folder.protocol.piece(dataset, m))) is not None}
+        read = {m: read_result(folder, folder.protocol.piece(dataset, m)) for m in methods or METHODS}
+        results = {m: r for m, r in read.items() if r is not None}
         if results:
             found[dataset] = {**results, TRUTH: truth_of(folder, dataset)}
     return found

@@ -183,7 +183,7 @@ def times(results: Mapping[str, Results]) -> Table:
             identity, seconds = result["identity"], result["seconds"]
             training = ", ".join(f"{k} {v}" for k, v in identity["training"].items())
             chosen = result["selections"][OWN]["settings"]
-            settings = ", ".join(f"{k} {v}" for k, v in chosen.items())
+            settings = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in chosen.items())
             count = str(len(identity["grid"]))
             rows.append(
                 [dataset, LABELS[method], settings, count, training, f"{seconds['training']:.0f} + {seconds['measuring']:.0f}"]

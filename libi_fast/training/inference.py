@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from libi_fast.errors import DivergenceWarning, InputError, ParetoWarning
 from libi_fast.models.laplace import local_frame
-from libi_fast.models.model import InferenceModel, LatentVariableModel, MeanFieldGaussian
+from libi_fast.models.model import InferenceModel, LatentVariableModel, MeanFieldGaussian, evaluation_mode
 from libi_fast.models.proposals import Defensive, laplace_mixture
 from libi_fast.ops import _library as lib
 from libi_fast.posterior import sample_posterior
@@ -63,18 +63,19 @@ def check_batches(batches: Batches, objective: str, sampler: str) -> None:
 
 
 def inference_stages(
-    run: Run, epochs: int, objective: str, sampler: str, importance_samples: int = 8, kept: int = KEPT,
+    run: Run, epochs: int, objective: str, sampler: str, importance_samples: int = 8, kept: int = KEPT, copies: int = 1,
     start: Callable[[Run, Callable[[], Tensor]], None] | None = None,
     end: Callable[[Run, Tensor], None] | None = None,
 ) -> list[Stage]:  # fmt: skip
-    """Train "inference." by one of OBJECTIVES over so many epochs. ``start(run, value)`` sets q up; ``value()`` [R] is to be
-    minimised. ``end(run, value)`` gets what it ended at, by held-out rows or, with 'posterior', by training rows."""
+    """Train "inference." by one of OBJECTIVES over so many epochs. ``start(run, value)`` sets q up, and may put
+    ``copies`` of every replica in its place; ``value()`` [R] is to be minimised. ``end(run, value)`` gets what it ended at, by
+    held-out rows where they are looked at."""
     first = epochs // 2 if objective == "elbo+posterior" else epochs
     stages: list[Stage] = []
     chosen = sampler.split("+")
     drawn = chosen[-1] if chosen[-1] != "simulated" else ""
     if objective == "posterior" and drawn:
-        stages += [lambda run: keep_draws(run, drawn, kept)]
+        stages += [lambda run: keep_draws(run, drawn, kept, copies)]
 
     def bound(rows: Rows, samples: int, step: int) -> Terms:
         if objective == "importance":
@@ -91,12 +92,15 @@ def inference_stages(
 
     @torch.no_grad()
     def by_draws() -> Tensor:
-        return total(run.in_blocks(lambda: likelihood(run.train, run.step)))
+        with evaluation_mode(run.replicas.template):
+            return total(run.in_blocks(lambda: likelihood(run.train, run.step)))
 
     @torch.no_grad()
     def at_start() -> Tensor:
         return by_draws() if objective == "posterior" else elbo_at_start(run)
 
+    # Held-out draws cost as much as those that are learned from.
+    looks = "posterior" not in objective or run.options.early_stopping or not drawn
     if start is not None:
         stages += [lambda run: start(run, at_start)]
     if objective != "posterior":
@@ -114,12 +118,11 @@ def inference_stages(
         stages += [
             Phase(
                 name, epochs - first if objective == "elbo+posterior" else epochs, ("inference.",), likelihood,
-                # Held-out draws cost as much as those that are learned from.
-                (lambda: likelihood(run.validation, VALIDATION_DRAWS)) if run.options.early_stopping or not drawn else None,
+                (lambda: likelihood(run.validation, VALIDATION_DRAWS)) if looks else None,
             )
         ]  # fmt: skip
     if end is not None:
-        stages += [lambda run: end(run, by_draws() if "posterior" in objective else run.objective)]
+        stages += [lambda run: end(run, run.objective if looks else by_draws())]
     if "posterior" in objective and drawn:
         stages += [forget_draws]
     return stages
@@ -154,10 +157,12 @@ def keep_frames(run: Run, rows: Rows, means: str, scales: str | None = None) -> 
 
 
 @torch.no_grad()
-def keep_draws(run: Run, sampler: str, kept: int) -> None:
-    """Draws from p(z | x) of every training row (and held-out row, if it is looked at), of every replica's own model."""
+def keep_draws(run: Run, sampler: str, kept: int, copies: int = 1) -> None:
+    """Draws from p(z | x) of every training row (and held-out row, if it is looked at), of every replica's own model; so many
+    that there is room for ``copies`` of them."""
     replicas = run.replicas
-    size = replicas.count * (run.train.values.shape[-2] + run.validation.values.shape[-2]) * replicas.template.model.latent_dim
+    every = run.train.values.shape[-2] + run.validation.values.shape[-2]
+    size = copies * replicas.count * every * replicas.template.model.latent_dim
     kept = min(kept, max(CHAINS, MOST_VALUES // size // CHAINS * CHAINS))
     for name, rows in (("draws", run.train), ("held-out draws", run.validation))[: 1 + run.options.early_stopping]:
         found = []

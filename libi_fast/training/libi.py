@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from libi_fast.errors import InputError
-from libi_fast.models.laplace import MOVED, NODES
+from libi_fast.models.laplace import NODES
 from libi_fast.ops import _library as lib
 from libi_fast.ops.henze_zirkler import METHODS, henze_zirkler_statistic
 from libi_fast.ops.training import moment_errors, safe_exp
@@ -33,12 +33,12 @@ from libi_fast.training.inference import (
 )
 from libi_fast.training.method import Method, elbo_at_start, fit_decoder
 from libi_fast.training.objectives import importance_terms
-from libi_fast.training.replicas import Replicas, System, make_system
+from libi_fast.training.replicas import Replicas, System, chosen, make_system
 from libi_fast.training.run import VALIDATION_DRAWS, VALIDATION_SAMPLES, Phase, Run, Stage, Terms
 from libi_fast.training.start import copy_encoder, mirror_codes, start_std, use_one_component, whiten_codes
 
 STEP1 = ("joint", "importance", "quadrature")
-MODES, SCALES, HELD_OUT_MODES = "modes", "scales", "held-out modes"
+MEANS, SCALES, HELD_OUT_MEANS = "means", "scales", "held-out means"
 
 
 class LiBI(Method):
@@ -58,8 +58,10 @@ class LiBI(Method):
         step1: what step 1 maximises beside its constraints, and so what restarts are judged by:
             'joint', log p(x_n | z_n), as published;
             'importance', log (1/S) sum_s p(x_n, z_s) / q(z_s | x_n) over q as well, the constraints on a draw of q each row;
-            'quadrature', log p(x_n) itself, integrated around z_n (latent_dim 1 or 2), while h follows the modes of
-            p(z_n | x_n). Its optimum's codes have the prior's law, so hz_weight and the tolerances play no part in it.
+            'quadrature', log p(x_n) itself (latent_dim 1 or 2), while h follows the modes of p(z_n | x_n). It is integrated
+            where p(z_n | x_n) has its mass, which is searched for as these epochs begin and then followed; around z_n in
+            later repeats, under warm_start, of minibatches and of several processes. Its optimum's codes have the prior's law,
+            so hz_weight and the tolerances play no part in it.
             The last two begin, in the first repeat, with 'joint'.
         likelihood_share: of the first step 1's epochs, those of 'importance' or 'quadrature', an epoch of which takes a hundred
             times as long. likelihood_rate: of those, their learning rate in units of fit's: at noise variances of 1e-5 Adam's
@@ -126,6 +128,8 @@ class LiBI(Method):
                 raise InputError(f"{label} must lie between 0 and 1, got {share}")
         if not 0 <= decoder_precision < math.inf:
             raise InputError(f"decoder_precision must be 0 or positive, got {decoder_precision}")
+        if decoder_precision and step1 == "joint":
+            raise InputError("decoder_precision is of step1='importance' and 'quadrature'; step1='joint' would ignore it")
         if finalists is not None:
             lib.check_count("finalists", finalists, 1)
         if isinstance(constraints, Constraint):
@@ -161,6 +165,8 @@ class LiBI(Method):
         least = 2 * self.model.latent_dim + 2
         batches.require(least, f"LiBI's statistics of {self.model.latent_dim}-dimensional codes")
         check_batches(batches, self.settings["step2"], self.settings["sampler"])
+        if self.settings["decoder_precision"] and batches.loader is not None:
+            raise InputError("decoder_precision needs to know how many rows there are: pass train as a tensor or array")
 
     def codes_a_row(self, rows: int) -> float:
         s = self.settings
@@ -254,23 +260,25 @@ class LiBI(Method):
 
     @staticmethod
     def _integrals(replicas: Replicas, rows: Rows, z: Tensor, held_out: bool) -> Tensor:
-        """log p(x) [R, n], integrated around the codes z, or where modes are kept around those, unless the codes are far above
-        them: the few rows whose codes are poor would pull theta towards themselves. In training kept modes follow theta."""
+        """log p(x) [R, n], integrated around the codes z; or, where means of p(z | x) are kept, around these, which follow
+        theta: the few rows whose codes are poor would pull it towards themselves."""
         x, own, places = rows.values, replicas.own, places_of(rows)
+        kept = own.get(HELD_OUT_MEANS if held_out else MEANS)
+        if kept is None:
+            return replicas.quadrature(x, *replicas.local_frame(x, z)).value
+        before = kept[:, places]
+        if not held_out:
+            found = replicas.quadrature(x, *replicas.follow_frame(x, z, before, own[SCALES][:, places]))
+            kept[:, places], own[SCALES][:, places] = found.mean, found.scale
+            return found.value
 
         def joint(codes: Tensor) -> Tensor:
             return replicas.log_prob(x, codes) - 0.5 * codes.square().sum(-1)
 
-        kept = own.get(HELD_OUT_MODES if held_out else MODES)
-        if kept is not None:
-            with torch.no_grad():
-                before = kept[:, places]
-                z = torch.where((joint(before) + MOVED > joint(z))[..., None], before, z)
-        if kept is None or held_out:
-            return replicas.quadrature(x, *replicas.local_frame(x, z)).value
-        found = replicas.quadrature(x, *replicas.follow_frame(x, z, own[SCALES][:, places]))
-        own[MODES][:, places], own[SCALES][:, places] = found.mean, found.scale
-        return found.value
+        # Looks may lie many steps apart.
+        mean, scale = replicas.local_frame(x, torch.where((joint(before) > joint(z))[..., None], before, z))
+        kept[:, places] = mean
+        return replicas.quadrature(x, mean, scale).value
 
     def _weights(self, run: Run) -> Callable[[], list[Any]]:
         return lambda: [self.weight(name, run.replicas) for name in self.weights]
@@ -317,17 +325,17 @@ class LiBI(Method):
         if s["step1"] == "importance":
             stages += [self._start_std()]
         whole = run.options.batch_size is None and run.batches.loader is None and run.batches.source is None
-        modes = s["step1"] == "quadrature" and whole and not distributed.active()
-        if modes:
-            stages += [lambda run: keep_frames(run, run.validation, HELD_OUT_MODES)]
+        keep = s["step1"] == "quadrature" and whole and not distributed.active()
+        if keep:
+            stages += [lambda run: keep_frames(run, run.validation, HELD_OUT_MEANS)]
         if s["finalists"] is not None:
             stages += [phase("finalists", 0, s["step1"]), finalists]  # no epochs: held-out rows alone
-        if modes:
-            stages += [lambda run: keep_frames(run, run.train, MODES, SCALES)]
+        if keep:
+            stages += [lambda run: keep_frames(run, run.train, MEANS, SCALES)]
         stages += [phase("step 1", epochs - joint, s["step1"], rate=s["likelihood_rate"])]
-        if modes:  # held-out modes have not followed theta
-            stages += [lambda run: keep_frames(run, run.validation, HELD_OUT_MODES), phase("step 1", 0, s["step1"])]
-            stages += [lambda run: forget(run, MODES, SCALES, HELD_OUT_MODES)]
+        if keep:  # modes of held-out rows may be others by now
+            stages += [lambda run: keep_frames(run, run.validation, HELD_OUT_MEANS), phase("step 1", 0, s["step1"])]
+            stages += [lambda run: forget(run, MEANS, SCALES, HELD_OUT_MEANS)]
         return stages
 
     # --- step 2 ---
@@ -343,17 +351,25 @@ class LiBI(Method):
         fresh = first and not run.options.warm_start
         count = s["inference_restarts"] if fresh else 1
 
+        learned = s["step1"] == "importance"  # q with its spread
+
         def start(run: Run, value: Callable[[], Tensor]) -> None:
             if count > 1:
                 self._draw_inference(run, count)
-            if fresh and s["step1"] != "importance":  # which learned a spread
-                start_std(run.replicas, value, s["initial_std"])
+            if not fresh or (learned and count == 1):
+                return
+            before = run.replicas.snapshot()
+            start_std(run.replicas, value, s["initial_std"])
+            if learned:
+                old = torch.arange(run.replicas.count, device=run.objective.device) % count == 0
+                run.replicas.restore(chosen(old, before, run.replicas.snapshot()))
 
         def end(run: Run, value: Tensor) -> None:
+            run.note(phase="networks", objective=value)  # of each restart's the lowest is taken
             run.keep(run.best_of(value, count, 1))
 
         return stages + inference_stages(
-            run, epochs, s["step2"], s["sampler"], s["num_samples"], start=start, end=end if count > 1 else None
+            run, epochs, s["step2"], s["sampler"], s["num_samples"], copies=count, start=start, end=end if count > 1 else None
         )  # fmt: skip
 
     @torch.no_grad()
@@ -364,9 +380,9 @@ class LiBI(Method):
         for r, restart in enumerate(replicas.own["ids"].tolist()):
             if r % count:
                 seed = (int(run.seed) + 1_000_003 * restart + 7919 * (r % count)) % 2**63
-                drawn = make_system(*self._sources, seed, fresh=True).inference
-                for name, value in drawn.named_parameters():
-                    replicas.parameters[f"inference.{name}"][r] = value
+                drawn = make_system(None, self._sources[1], None, seed, fresh=True)
+                for name, value in (*drawn.named_parameters(), *drawn.named_buffers()):
+                    replicas.parameters[name][r] = value
 
     def _stages(self, run: Run, epochs: int) -> list[Stage]:
         repeats = self.settings["repeats"]

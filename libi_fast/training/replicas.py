@@ -100,8 +100,8 @@ class System(nn.Module):
     def local_frame(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         return local_frame(self.model, x, z)
 
-    def follow_frame(self, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return follow_frame(self.model, x, mean, scale)
+    def follow_frame(self, x: Tensor, z: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return follow_frame(self.model, x, z, mean, scale)
 
     def quadrature(self, x: Tensor, mean: Tensor, scale: Tensor) -> Quadrature:
         return quadrature(self.model, x, mean, scale)
@@ -158,8 +158,8 @@ class Replicas:
 
     Attributes:
         parameters: leaf tensors [R, ...] by name; buffers are among them, untrained.
-        own: what else differs between replicas, [R] each: ``ids`` (of their random numbers), ``dataset`` (which of several),
-            and settings by name.
+        own: what else differs between replicas, [R, ...] each: ``ids`` (of their random numbers), ``dataset`` (which of
+            several), settings by name, and what a stage keeps for its steps.
     """
 
     def __init__(self, systems: list[System]):
@@ -270,9 +270,9 @@ class Replicas:
         """Mean [R, N, L] and scale [R, N, L, L] of p(z | x) near codes z [R, N, L]."""
         return self("local_frame", x, z, shared=(x.dim() == 2, False))
 
-    def follow_frame(self, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of theta that has changed a little since it was mean and scale."""
-        return self("follow_frame", x, mean, scale, shared=(x.dim() == 2, False, False))
+    def follow_frame(self, x: Tensor, z: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of theta that has changed a little since it was mean and scale; codes z [R, N, L] may lead elsewhere."""
+        return self("follow_frame", x, z, mean, scale, shared=(x.dim() == 2, False, False, False))
 
     def quadrature(self, x: Tensor, mean: Tensor, scale: Tensor) -> Quadrature:
         """log p(x) [R, N] by nodes that are placed there, and the frame [R, N, L], [R, N, L, L] that they give."""
