@@ -191,7 +191,7 @@ def _reproduce(options: argparse.Namespace) -> None:
     seconds = None if options.minutes is None else 60 * options.minutes
     run(
         options.what, options.protocol, options.out, seconds, options.device, not options.quiet, options.first_seed,
-        options.methods,
+        options.methods, options.datasets,
     )  # fmt: skip
 
 
@@ -479,6 +479,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--minutes", type=_positive, metavar="M", help="begin no piece after that; the same command goes on")
     reproduce.add_argument("--device", default="cpu", help="to train on (default cpu)")
     reproduce.add_argument("--methods", nargs="+", metavar="NAME", help="with table1, these rows alone: VAE, LiBI, ours ...")
+    reproduce.add_argument("--datasets", nargs="+", metavar="NAME", help="with table1 and ablations: LinearJTEx, ...")
     reproduce.add_argument("--first-seed", type=_whole(0), metavar="N", help="other data sets: of seeds N, N + 1 and so on")
     reproduce.add_argument("--quiet", action="store_true", help="no progress, only results")
     reproduce.set_defaults(run=_reproduce)

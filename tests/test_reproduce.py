@@ -221,6 +221,9 @@ def test_out_of_time_no_piece_is_begun(tmp_path, capsys):
     assert "0 of 12 pieces are done" in capsys.readouterr().out
     assert reproduce.run("table1", "smoke", tmp_path, seconds=-1.0, progress=False, methods=["ours"]) is None
     assert "0 of 2 pieces are done" in capsys.readouterr().out
+    options = {"methods": ["ours"], "datasets": ["CubicJTEx"]}
+    assert reproduce.run("table1", "smoke", tmp_path, seconds=-1.0, progress=False, **options) is None
+    assert "0 of 1 pieces are done" in capsys.readouterr().out
     assert not (tmp_path / "smoke").exists()
 
 
@@ -256,6 +259,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     refused(capsys, [*command, "--first-seed", "7"], "other settings")
     for wrong in ([*command, "--methods", "VAE"], ["reproduce", "table1", "--methods", "VAE", "GAN"]):
         refused(capsys, wrong, "methods are of table1, a list from VAE, beta-VAE")
+    for wrong in ([*command, "--datasets", "LinearJTEx"], ["reproduce", "ablations", "--datasets", "MNIST"]):
+        refused(capsys, wrong, "datasets are of table1 and ablations, a list from LinearJTEx")
     with pytest.raises(InputError, match="the first seed must be at least 0, got -1"):
         reproduce.run("all", "smoke", tmp_path, first_seed=-1)
     with pytest.raises(InputError, match="unknown protocol 'long'; known: quick, paper, smoke"):

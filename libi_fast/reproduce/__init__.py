@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ WAIT = timedelta(days=1)  # for the other processes
 
 def run(
     what: str = ALL, protocol: str = "quick", out: str | PathLike[str] = "reproduce-run", seconds: float | None = None,
-    device: str = "cpu", progress: bool = True, first_seed: int | None = None,
-    methods: Sequence[str] | None = None,
+    device: str = "cpu", progress: bool = True, first_seed: int | None = None, methods: Sequence[str] | None = None,
+    datasets: Sequence[str] | None = None,
 ) -> Path | None:  # fmt: skip
     """Train and measure what is wanting, then print Table 1, or write a figure, or write everything into one HTML report.
 
@@ -40,6 +41,7 @@ def run(
         out: the folder. seconds: begin no piece after that many. device: to train on. progress: say what is done.
         first_seed: of the data sets, which are of it and the seeds that follow; None for the protocol's own.
         methods: rows of 'table1' that are wanted, such as 'VAE', 'LiBI' and 'ours'; None for all.
+        datasets: of 'table1' and 'ablations', such as 'LinearJTEx'; None for all.
 
     Returns:
         The file that was written: table1.json, figureN.png, ablations.json or report.html; None where pieces are left to do.
@@ -64,10 +66,15 @@ def run(
     chosen = protocols.find(protocol, first_seed)
     if methods is not None and (what != TABLE1 or not methods or not set(methods) <= set(protocols.METHODS)):
         raise InputError(f"methods are of table1, a list from {', '.join(protocols.METHODS)}; got {methods} of {what}")
+    if datasets is not None:
+        if what not in (TABLE1, ABLATIONS) or not datasets or not set(datasets) <= set(chosen.datasets):
+            of = ", ".join(chosen.datasets)
+            raise InputError(f"datasets are of table1 and ablations, a list from {of}; got {datasets} of {what}")
+        chosen = dataclasses.replace(chosen, datasets=tuple(datasets))
     folder = pieces.Folder(out, chosen, device)
     if what in FIGURES:
-        dataset, methods = FIGURES[what]
-        wanted = [chosen.piece(dataset, method) for method in methods]
+        dataset, drawn = FIGURES[what]
+        wanted = [chosen.piece(dataset, method) for method in drawn]
     elif what == ABLATIONS:
         wanted = [p for d in chosen.datasets for p in (chosen.piece(d, "LiBI"), *chosen.ablations(d))]
     else:
