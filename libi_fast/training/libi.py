@@ -245,7 +245,7 @@ class LiBI(Method):
         terms = {"likelihood": -rows.mean(likelihood)}
         if step != VALIDATION_DRAWS:  # h follows the modes; theta does not follow h
             with replicas.frozen("model."):
-                joint = replicas.log_prob(rows.values, z) - 0.5 * z.square().sum(-1)
+                joint = replicas.log_joint(rows.values, z)
             terms["mode"] = -rows.mean(joint - joint.detach())
         return self._constrained({**terms, **self._prior(run, rows, step)}, run, rows, z, step)
 
@@ -271,12 +271,8 @@ class LiBI(Method):
             found = replicas.quadrature(x, *replicas.follow_frame(x, z, before, own[SCALES][:, places]))
             kept[:, places], own[SCALES][:, places] = found.mean, found.scale
             return found.value
-
-        def joint(codes: Tensor) -> Tensor:
-            return replicas.log_prob(x, codes) - 0.5 * codes.square().sum(-1)
-
-        # Looks may lie many steps apart.
-        mean, scale = replicas.local_frame(x, torch.where((joint(before) > joint(z))[..., None], before, z))
+        higher = replicas.log_joint(x, before) > replicas.log_joint(x, z)
+        mean, scale = replicas.local_frame(x, torch.where(higher[..., None], before, z))  # looks may lie many steps apart
         kept[:, places] = mean
         return replicas.quadrature(x, mean, scale).value
 

@@ -266,6 +266,10 @@ class Replicas:
         shared = x.dim() == 2
         return self("log_prob", x if z.dim() == 3 else x[..., None, :], z, shared=(shared, False))
 
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z) up to a constant, z [R, N, L] -> [R, N]."""
+        return self.log_prob(x, z) - 0.5 * z.square().sum(-1)
+
     def local_frame(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [R, N, L] and scale [R, N, L, L] of p(z | x) near codes z [R, N, L]."""
         return self("local_frame", x, z, shared=(x.dim() == 2, False))
