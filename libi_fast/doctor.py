@@ -24,7 +24,7 @@ ISA = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)", "generic": "generi
 
 def report() -> Iterator[str]:
     """The lines that ``libi-fast doctor`` prints. Nothing here raises: a thing that is broken is a line too."""
-    yield _line("libi_fast", True, _version("libi-fast") or "not installed, run from its source tree")
+    yield _line("libi_fast", True, own_version() or "not installed, run from its source tree")
     yield _line("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield _line("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads")
     yield _compiled_library()
@@ -34,6 +34,11 @@ def report() -> Iterator[str]:
         yield _package(name, "required: pip install libi-fast")
     for name, use in OPTIONAL.items():
         yield _package(name, f"for {use}: pip install 'libi-fast[full]'")
+
+
+def own_version() -> str | None:
+    """None for a source tree that was never installed."""
+    return _version("libi-fast")
 
 
 def machine() -> dict[str, Any]:

@@ -29,6 +29,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from libi_fast import figures
+from libi_fast.doctor import own_version
 from libi_fast.errors import InputError
 
 FORMAT = "libi_fast run"
@@ -64,7 +65,7 @@ def save(
         config = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "libi_fast": _package_version(),
+            "libi_fast": own_version() or "unknown",
             "torch": torch.__version__,
             "data": dict(method.data if data is None else data),
             "training": method.training,
@@ -276,12 +277,3 @@ def _finite_or_none(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _finite_or_none(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _package_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("libi-fast")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"

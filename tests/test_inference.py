@@ -52,12 +52,12 @@ def as_full(q) -> FullCovariance:
 # --- what it converges to ---
 
 
-@pytest.mark.parametrize("sampler", ["simulated", "hmc", "sir"])
-def test_full_covariance_finds_the_exact_posterior_of_a_linear_model(sampler):
+@pytest.mark.parametrize(("sampler", "std"), [("simulated", 1.0), ("simulated", 2.0), ("hmc", 1.0), ("sir", 1.0)])
+def test_full_covariance_finds_the_exact_posterior_of_a_linear_model(sampler, std):
     model = linear_model()
     x = model.sample(300, seed=2)
     q = inference("full-covariance", hidden=())
-    lf.fit_inference(model, q, x, sampler=sampler, epochs=250, learning_rate=0.05, progress=False)
+    lf.fit_inference(model, q, x, sampler=sampler, simulated_std=std, epochs=250, learning_rate=0.05, progress=False)
     with torch.no_grad():
         found = q(x)
     mean, covariance = lf.exact_posterior(model, x)

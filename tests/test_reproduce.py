@@ -157,7 +157,7 @@ def test_a_piece_holds_what_the_table_shows(done):
         *(published.LABELS[m] for m in ("VAE", "beta-VAE", "LiBI")), "ground truth", "maximum likelihood"
     ]  # fmt: skip
     assert all(len(row) == len(table.header) for row in table.rows)
-    assert table.rows[0][1:3] == ["-3.15 +- 0.04", "1.62 +- 0.12"]
+    assert table.rows[0][1:3] == ["-3.15±0.04", "1.62±0.12"]
     one = results["LiBI"]["selections"][pieces.OWN]["sets"][0]
     truth = results[pieces.TRUTH]["sets"][0]
     assert one["minus truth"] == pytest.approx(one["exact"] - truth["log-likelihood"])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from libi_fast.data.files import atomic_path
-from libi_fast.doctor import machine
+from libi_fast.doctor import machine, own_version
 from libi_fast.errors import InputError
 from libi_fast.reproduce import measure, published, references
 from libi_fast.reproduce.protocol import Piece, Protocol
@@ -29,6 +29,7 @@ SELECTIONS = (OWN, LIKELIHOOD)
 """How restarts and settings are chosen, on validation rows: by the first a restart by its method's objective, the setting by
 the importance-sampled log-likelihood, as in the paper; by the second both by :func:`references.nearly_exact`."""
 TRUTH = "truth"
+OTHERS = "is of other settings, or of another version of libi_fast: choose another --out, or remove it"
 
 
 class Folder:
@@ -56,7 +57,7 @@ class Folder:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error}); remove it to measure anew") from error
         if not same:
-            raise InputError(f"{path} is of other settings: choose another --out, or remove it")
+            raise InputError(f"{path} {OTHERS}")
         return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
@@ -67,7 +68,10 @@ class Folder:
 
 def identity_of(protocol: Protocol, piece: Piece | None, dataset: str) -> dict[str, Any]:
     """What decides the numbers of a piece, or of a data set's truth."""
-    common = {"dataset": dataset, "seeds": protocol.seeds, "rows": protocol.rows, "repetitions": protocol.repetitions}
+    common = {
+        "libi_fast": own_version(), "dataset": dataset, "seeds": protocol.seeds, "rows": protocol.rows,
+        "repetitions": protocol.repetitions,
+    }  # fmt: skip
     if piece is None:
         return common
     own = {"method": piece.method, "grid": piece.grid, "training": piece.training, "samples": protocol.samples}
@@ -119,7 +123,7 @@ def trained(folder: Folder, piece: Piece, progress: bool) -> list[list[list[dict
 
 def _read_states(path: Path, identity: str, settings: int, draws: int) -> list[list[list[dict[str, Tensor]]]]:
     if _notes(path).get("identity") != identity:
-        raise InputError(f"{path} is of other settings: choose another --out, or remove it")
+        raise InputError(f"{path} {OTHERS}")
     states: list[list[list[dict[str, Tensor]]]] = [[[] for _ in range(draws)] for _ in range(settings)]
     for key, value in load_file(path).items():
         s, k, place, name = key.split("/", 3)

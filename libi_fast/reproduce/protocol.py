@@ -158,7 +158,7 @@ OURS_OF: dict[str, dict[str, Any]] = {
     "Gaussian": {"likelihood_share": 0.2},
     "Mobius": {
         "likelihood_share": 0.15, "likelihood_rate": 0.3, "decoder_precision": 100.0, "step1_share": 1 / 6,
-        "inference_restarts": 3,
+        "inference_restarts": 3, "simulated_std": 2.0,
     },
 }  # fmt: skip
 QUICK_EPOCHS = {"LinearJTEx": 20_000, "CubicJTEx": 20_000, "Gaussian": 20_000, "Mobius": 16_000}

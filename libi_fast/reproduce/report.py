@@ -93,10 +93,10 @@ def _paragraphs(text: str) -> list[str]:
 
 def table(t: Table) -> str:
     def row(cells: list[str], kind: str) -> str:
-        return "<tr>" + "".join(f"<{kind}>{html.escape(c).replace(' +- ', UNBROKEN)}</{kind}>" for c in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{kind}>{html.escape(c).replace('±', UNBROKEN)}</{kind}>" for c in cells) + "</tr>"
 
     body = "".join(row(r, "td") for r in t.rows)
     return (
-        f"<h3>{html.escape(t.title)}</h3><div><table><caption>{html.escape(t.caption).replace('+-', '±')}</caption>"
+        f"<h3>{html.escape(t.title)}</h3><div><table><caption>{html.escape(t.caption)}</caption>"
         f"<thead>{row(t.header, 'th')}</thead><tbody>{body}</tbody></table></div>"
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from libi_fast.reproduce.pieces import OWN, SELECTIONS, TRUTH
+from libi_fast.reproduce.pieces import LIKELIHOOD, OWN, SELECTIONS, TRUTH
 from libi_fast.reproduce.protocol import METHODS
 from libi_fast.reproduce.published import LABELS, LOG_LIKELIHOOD, SMOOTH_KNN, TABLE1
 
@@ -19,7 +19,7 @@ class Mean(NamedTuple):
     error: float
 
     def __str__(self) -> str:
-        return f"{number(self.mean)} +- {number(self.error, digits=2)}" if self.error > 0 else number(self.mean)
+        return f"{number(self.mean)}±{number(self.error, digits=2)}" if self.error > 0 else number(self.mean)
 
 
 class Table(NamedTuple):
@@ -100,7 +100,7 @@ def table1(dataset: str, results: Results, selection: str = OWN) -> Table:
         if method not in results:
             continue
         printed = TABLE1.get((method, dataset), {})
-        theirs = [f"{p.mean:.2f} +- {p.spread:.2f}" if (p := printed.get(k)) else "" for k in (LOG_LIKELIHOOD, SMOOTH_KNN)]
+        theirs = [f"{p.mean:.2f}±{p.spread:.2f}" if (p := printed.get(k)) else "" for k in (LOG_LIKELIHOOD, SMOOTH_KNN)]
         ours = [shown(cell(results[method], selection, key)) for key in COLUMNS.values()]
         rows.append([labelled(method, results[method], selection), *theirs, *ours])
     of_truth = {
@@ -112,12 +112,14 @@ def table1(dataset: str, results: Results, selection: str = OWN) -> Table:
     neighbours = [one["smooth k-NN of maximum likelihood"] for one in truth]
     of_best = {"exact": shown(mean_of(best)), "minus truth": shown(mean_of(gaps)), "smooth k-NN": shown(mean_of(neighbours))}
     rows.append(["maximum likelihood", "", "", *(of_best.get(key, "") for key in COLUMNS.values())])
-    how = f"restarts and settings chosen by the {selection} on validation rows"
-    return Table(f"{dataset}: {how}", header, rows, CAPTION)
+    how = {
+        OWN: "by each method's own objective on validation rows", LIKELIHOOD: "by exact likelihood on validation rows",
+    }  # fmt: skip
+    return Table(f"{dataset}: restarts and settings chosen {how[selection]}", header, rows, CAPTION)
 
 
 CAPTION = (
-    "Test rows, nats a row; ours mean +- standard error over the data sets, the paper's mean +- its printed spread. "
+    "Test rows, nats a row; ours mean ± standard error over the data sets, the paper's mean ± its printed spread. "
     "S-kNN and energy distance: between p(x) and the model; in the truth's row between two samples of p(x), the same ones."
 )
 
@@ -164,7 +166,7 @@ def ablations(dataset: str, published: Mapping[str, Any], changed: Results) -> T
         pairs = [(a, b) for a, b in zip(sets, base, strict=True) if a is not None and b is not None]
         paired = [mean_of([a[key] - b[key] for a, b in pairs]) for key in keys.values()]
         rows.append([name, *map(shown, paired), _seconds(result)])
-    caption = "Below the first row: paired differences to it, mean +- standard error over the data sets."
+    caption = "Below the first row: paired differences to it, mean ± standard error over the data sets."
     return Table(f"{dataset}: LiBI with one thing changed", ["", *keys, "seconds of training"], rows, caption)
 
 

@@ -64,7 +64,7 @@ def check_batches(batches: Batches, objective: str, sampler: str) -> None:
 
 def inference_stages(
     run: Run, epochs: int, objective: str, sampler: str, importance_samples: int = 8, kept: int = KEPT, copies: int = 1,
-    start: Callable[[Run, Callable[[], Tensor]], None] | None = None,
+    simulated_std: float = 1.0, start: Callable[[Run, Callable[[], Tensor]], None] | None = None,
     end: Callable[[Run, Tensor], None] | None = None,
 ) -> list[Stage]:  # fmt: skip
     """Train "inference." by one of OBJECTIVES over so many epochs. ``start(run, value)`` sets q up, and may put
@@ -85,7 +85,7 @@ def inference_stages(
     def likelihood(rows: Rows, step: int) -> Terms:
         terms: Terms = {}
         if "simulated" in chosen:
-            terms |= simulated_terms(run, max(PAIRS, rows.total), rows, step)
+            terms |= simulated_terms(run, max(PAIRS, rows.total), rows, step, simulated_std)
         if drawn:
             terms |= posterior_terms(run.replicas, rows, draws_of(run, rows, step))
         return {name: term / len(chosen) for name, term in terms.items()}
@@ -242,16 +242,18 @@ class InferenceFit(Method):
 
         has_encoder = run.replicas.template.encoder is not None
         stages = inference_stages(
-            run, epochs, s["objective"], s["sampler"], kept=s["num_samples"], start=start if has_encoder else None
+            run, epochs, s["objective"], s["sampler"], kept=s["num_samples"], simulated_std=s["simulated_std"],
+            start=start if has_encoder else None,
         )  # fmt: skip
         return [*stages, Run.judge, Run.consider]
 
 
 def fit_inference(
     model: LatentVariableModel, q: InferenceModel, x: Any, validation: Any = None, *, method: str = "posterior",
-    sampler: str = SAMPLER, num_samples: int = KEPT, encoder: nn.Module | None = None, epochs: int = 5000, seed: int = 0,
-    batch_size: int | None = None, learning_rate: float = 0.01, tolerance: float | None = None, early_stopping: bool = False,
-    checkpoint: str | PathLike[str] | None = None, resume: bool = False, progress: bool = True,
+    sampler: str = SAMPLER, simulated_std: float = 1.0, num_samples: int = KEPT, encoder: nn.Module | None = None,
+    epochs: int = 5000, seed: int = 0, batch_size: int | None = None, learning_rate: float = 0.01,
+    tolerance: float | None = None, early_stopping: bool = False, checkpoint: str | PathLike[str] | None = None,
+    resume: bool = False, progress: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Learn q(z | x) of a model that stays as it is; q is trained in place, from its present parameters.
 
@@ -268,6 +270,9 @@ def fit_inference(
             draws of the rows of x from ``sample_posterior``, taken once: by resampling among 5000 candidates from a mixture of
             Laplace's approximations with a tenth of the prior (its likelihood must know its Fisher information), or by 16
             chains that start from them. 'simulated+sir', 'simulated+hmc': half the objective each.
+        simulated_std: standard deviation of the codes of 'simulated'; the prior's is 1. Above it there are more pairs where the
+            model has little mass, so that q is right for rows that it finds improbable too; weights keep the codes' law
+            p(z | x) at every x.
         num_samples: draws kept of each row, of 'sir' and 'hmc' (a multiple of 16), of which a step takes 8; fewer, where those
             of all rows would take more than 2^26 numbers.
         encoder: a network of q's architecture up to its last layer, whose first L outputs are codes of x: q begins with them
@@ -292,12 +297,15 @@ def fit_inference(
         raise TypeError(f"q must be a MeanFieldGaussian, FullCovarianceGaussian or MixtureGaussian, got {type(q).__name__}")
     if not isinstance(model, LatentVariableModel):
         raise TypeError(f"model must be a LatentVariableModel, got {type(model).__name__}")
+    lib.check_positive("simulated_std", simulated_std)
     lib.check_count("num_samples", num_samples, 1)
     if "hmc" in sampler and num_samples % CHAINS:
         raise InputError(f"num_samples must be a multiple of the {CHAINS} chains of 'hmc', got {num_samples}")
     if encoder is not None:
         encoder = _Codes(encoder, model.latent_dim)
-    fitted = InferenceFit(model, q, encoder, objective=method, sampler=sampler, num_samples=num_samples)
+    fitted = InferenceFit(
+        model, q, encoder, objective=method, sampler=sampler, simulated_std=simulated_std, num_samples=num_samples
+    )
     fitted.fit(
         x, validation, epochs=epochs, seed=seed, batch_size=batch_size, learning_rate=learning_rate, tolerance=tolerance,
         early_stopping=early_stopping, checkpoint=checkpoint, resume=resume, progress=progress, warm_start=True,

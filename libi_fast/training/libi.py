@@ -75,6 +75,7 @@ class LiBI(Method):
             log q(z | x) at draws from p(z | x), of which q then covers all; 'elbo+posterior', half the epochs each.
         sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step; 'sir' or 'hmc', draws
             of the training rows, taken once a step 2; 'simulated+sir', 'simulated+hmc' (see :func:`libi_fast.fit_inference`).
+        simulated_std: of the codes of 'simulated' (see :func:`libi_fast.fit_inference`).
         num_samples: S of 'importance'.
         inference_restarts: networks q that the first step 2 begins with, for every restart's theta: the one that step 1 leaves,
             and others drawn anew. The best by what step 2 maximises goes on: the codes of step 1 may be a start from which q
@@ -101,14 +102,15 @@ class LiBI(Method):
         mean_tolerance: float = 0.2, repeats: int = 6, step1_share: float = 2 / 3, whiten: bool = True, warm_up: int = 300,
         candidates: int = 4, initial_std: float | None = None, step1: str = "joint", likelihood_share: float = 0.5,
         likelihood_rate: float = 1.0, decoder_precision: float = 0.0, finalists: int | None = None, step2: str = "elbo",
-        sampler: str = SAMPLER, num_samples: int = 8, inference_restarts: int = 1, constraints: Sequence[Constraint] = (),
-        hz_method: str = "exact", hz_beta: float | None = None,
+        sampler: str = SAMPLER, simulated_std: float = 1.0, num_samples: int = 8, inference_restarts: int = 1,
+        constraints: Sequence[Constraint] = (), hz_method: str = "exact", hz_beta: float | None = None,
     ):  # fmt: skip
         for label, value in {
             "hz_weight": hz_weight,
             "covariance_tolerance": covariance_tolerance,
             "mean_tolerance": mean_tolerance,
             "likelihood_rate": likelihood_rate,
+            "simulated_std": simulated_std,
         }.items():
             lib.check_positive(label, value)
         for label, optional in {"initial_std": initial_std, "hz_beta": hz_beta}.items():
@@ -146,8 +148,8 @@ class LiBI(Method):
             mean_tolerance=mean_tolerance, repeats=repeats, step1_share=step1_share, whiten=whiten, warm_up=warm_up,
             candidates=candidates, initial_std=initial_std, step1=step1, likelihood_share=likelihood_share,
             likelihood_rate=likelihood_rate, decoder_precision=decoder_precision, finalists=finalists, step2=step2,
-            sampler=sampler, num_samples=num_samples, inference_restarts=inference_restarts, constraints=tuple(constraints),
-            hz_method=hz_method, hz_beta=hz_beta,
+            sampler=sampler, simulated_std=simulated_std, num_samples=num_samples, inference_restarts=inference_restarts,
+            constraints=tuple(constraints), hz_method=hz_method, hz_beta=hz_beta,
         )  # fmt: skip
         for label, choice in (("step1", step1), ("step2", step2)):
             if choice == "importance":
@@ -365,7 +367,8 @@ class LiBI(Method):
             run.keep(run.best_of(value, count, 1))
 
         return stages + inference_stages(
-            run, epochs, s["step2"], s["sampler"], s["num_samples"], copies=count, start=start, end=end if count > 1 else None
+            run, epochs, s["step2"], s["sampler"], s["num_samples"], copies=count, simulated_std=s["simulated_std"],
+            start=start, end=end if count > 1 else None,
         )  # fmt: skip
 
     @torch.no_grad()

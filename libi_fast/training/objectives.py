@@ -16,6 +16,8 @@ from libi_fast.training.distributed import Rows
 from libi_fast.training.replicas import Replicas
 from libi_fast.training.run import SMALLEST_BLOCK, Run, Terms
 
+MOST_LOG_WEIGHT = 2.0  # of a simulated pair: where q is far off, its own guess of the code is not to rule the step
+
 
 def elbo_terms(replicas: Replicas, rows: Rows, noise: Callable[[], Tensor], beta: float | Tensor = 1.0) -> Terms:
     """The terms of -ELBO, the KL term times beta; noise() [R, n, S, L]. The KL term is in closed form (but for mixtures), the
@@ -29,9 +31,11 @@ def elbo_terms(replicas: Replicas, rows: Rows, noise: Callable[[], Tensor], beta
     return {"reconstruction": reconstruction, "kl": beta * rows.mean(q.kl_from_prior())}
 
 
-def simulated_terms(run: Run, pairs: int, rows: Rows, repetition: int) -> Terms:
-    """-log q(z | x) of ``pairs`` new draws z ~ p(z), x ~ p(x | z) of each replica's own model: exact draws from p(z | x) at
-    data that the model makes itself."""
+def simulated_terms(run: Run, pairs: int, rows: Rows, repetition: int, std: float = 1.0) -> Terms:
+    """-log q(z | x) of ``pairs`` new draws z ~ N(0, std^2 I), x ~ p(x | z) of each replica's own model: at std = 1 exact draws
+    from p(z | x) at data that the model makes itself. Else the draws are weighted by p(z) / N(z; 0, std^2 I), and by that
+    ratio's inverse at the code h(x): a function of x alone, so that at every x the codes' law is p(z | x) still, while
+    there are more of the x that the model finds improbable."""
     replicas, model = run.replicas, run.replicas.template.model
     part = distributed.shard(pairs) if rows.spread else slice(0, pairs)
     own: dict[str, Any] = {
@@ -42,8 +46,15 @@ def simulated_terms(run: Run, pairs: int, rows: Rows, repetition: int) -> Terms:
     draw = philox_normal if model.likelihood.reparameterized else philox_uniform
     noise = draw(run.seed, count, rows.values.shape[-1], stream=Stream.SIMULATION_NOISE, **own)
     with torch.no_grad():
+        z = std * z
         x = replicas("simulate", z, noise)
-    return {"simulated": -replicas.log_q(x, z[:, :, None])[..., 0].sum(-1) / pairs}
+    log_q = replicas.log_q(x, z[:, :, None])[..., 0]
+    if std != 1:
+        with torch.no_grad():
+            excess = replicas.codes(x).square().sum(-1) - z.square().sum(-1)
+            weight = (0.5 * (1 - std**-2) * excess).clamp(max=MOST_LOG_WEIGHT).exp()
+        log_q = weight * log_q
+    return {"simulated": -log_q.sum(-1) / pairs}
 
 
 def posterior_terms(replicas: Replicas, rows: Rows, z: Tensor) -> Terms:
