@@ -297,12 +297,12 @@ def test_a_mixture_begins_as_white_as_a_single_gaussian():
         assert torch.allclose(covariance, torch.eye(2), atol=1e-3)
 
 
-def test_an_encoder_of_its_own_starts_every_component():
+@pytest.mark.parametrize("networks", [1, 2])
+def test_an_encoder_of_its_own_starts_every_component(networks):
     d = data()
     for kind in KINDS:
-        libi = lf.LiBI(
-            d.model(), inference(kind, columns=2, dtype=torch.float32), encoder=lf.mlp(2, [6], 2), step2="posterior", repeats=1
-        )  # fmt: skip
+        q, h = inference(kind, columns=2, dtype=torch.float32), lf.mlp(2, [6], 2)
+        libi = lf.LiBI(d.model(), q, encoder=h, step2="posterior", repeats=1, inference_restarts=networks)
         libi.fit(d.train, d.validation, epochs=60, progress=False)
         assert torch.isfinite(libi.log_likelihood(d.test, num_samples=50).log_likelihood).all()
 
@@ -436,6 +436,8 @@ def test_early_stopping_looks_at_draws_of_held_out_rows():
         ({"sampler": "nuts"}, "sampler must be one of 'simulated', 'sir', 'hmc', .*, got 'nuts'"),
         ({"step2": "importance"}, "step2='importance' takes a MeanFieldGaussian, got MixtureGaussian"),
         ({"step1": "importance"}, "step1='importance' takes a MeanFieldGaussian, got MixtureGaussian"),
+        ({"step2": "posterior", "simulated_std": 0.0}, "simulated_std must be"),
+        ({"step2": "elbo", "simulated_std": 2.0}, "simulated_std is of 'posterior' with a sampler that simulates"),
     ],
 )
 def test_settings_of_libi_that_do_not_fit_are_named(settings, message):
@@ -454,6 +456,10 @@ def test_other_mistakes_are_named():
         lf.fit_inference(model, q, x, method="importance")
     with pytest.raises(lf.InputError, match="num_samples must be a multiple of the 16 chains of 'hmc', got 20"):
         lf.fit_inference(model, q, x, sampler="hmc", num_samples=20)
+    with pytest.raises(lf.InputError, match="simulated_std is of 'posterior' with a sampler that simulates"):
+        lf.fit_inference(model, q, x, sampler="sir", simulated_std=1.5)
+    with pytest.raises(lf.InputError, match="simulated_std must be"):
+        lf.fit_inference(model, q, x, simulated_std=float("nan"))
     with pytest.raises(lf.InputError, match="num_samples must be at least 1"):
         lf.fit_inference(model, q, x, num_samples=0)
     with pytest.raises(TypeError, match="q must be a MeanFieldGaussian, FullCovarianceGaussian or MixtureGaussian, got Linear"):

@@ -41,11 +41,14 @@ CHAINS = 16
 INFLATION = 2.0  # of the proposal of 'sir', on Laplace's variance
 
 
-def check_objective(label: str, objective: Any, sampler: Any) -> None:
-    """Raise InputError for a name that is not known."""
+def check_objective(label: str, objective: Any, sampler: Any, simulated_std: Any) -> None:
+    """Raise InputError for a name that is not known, and for a setting that would be ignored."""
     for name, choice, known in ((label, objective, OBJECTIVES), ("sampler", sampler, SAMPLERS)):
         if choice not in known:
             raise InputError(f"{name} must be one of {', '.join(map(repr, known))}, got {choice!r}")
+    lib.check_positive("simulated_std", simulated_std)
+    if simulated_std != 1 and not ("posterior" in objective and "simulated" in sampler):
+        raise InputError("simulated_std is of 'posterior' with a sampler that simulates; others would ignore it")
 
 
 def check_mean_field(inference: Any, what: str) -> None:
@@ -290,14 +293,13 @@ def fit_inference(
     Source:
         The sleep phase of wake-sleep (Hinton et al. 1995); inference compilation (Le et al. 2017); Naesseth et al. 2020.
     """
-    check_objective("method", method, sampler)
+    check_objective("method", method, sampler, simulated_std)
     if method == "importance":
         check_mean_field(q, "method='importance'")
     if not isinstance(q, InferenceModel):
         raise TypeError(f"q must be a MeanFieldGaussian, FullCovarianceGaussian or MixtureGaussian, got {type(q).__name__}")
     if not isinstance(model, LatentVariableModel):
         raise TypeError(f"model must be a LatentVariableModel, got {type(model).__name__}")
-    lib.check_positive("simulated_std", simulated_std)
     lib.check_count("num_samples", num_samples, 1)
     if "hmc" in sampler and num_samples % CHAINS:
         raise InputError(f"num_samples must be a multiple of the {CHAINS} chains of 'hmc', got {num_samples}")

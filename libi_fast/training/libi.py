@@ -110,7 +110,6 @@ class LiBI(Method):
             "covariance_tolerance": covariance_tolerance,
             "mean_tolerance": mean_tolerance,
             "likelihood_rate": likelihood_rate,
-            "simulated_std": simulated_std,
         }.items():
             lib.check_positive(label, value)
         for label, optional in {"initial_std": initial_std, "hz_beta": hz_beta}.items():
@@ -124,7 +123,7 @@ class LiBI(Method):
         for label, choice, known in (("step1", step1, STEP1), ("hz_method", hz_method, METHODS)):
             if choice not in known:
                 raise InputError(f"{label} must be one of {', '.join(map(repr, known))}, got {choice!r}")
-        check_objective("step2", step2, sampler)
+        check_objective("step2", step2, sampler, simulated_std)
         for label, share in {"step1_share": step1_share, "likelihood_share": likelihood_share}.items():
             if not 0 < share < 1:
                 raise InputError(f"{label} must lie between 0 and 1, got {share}")
