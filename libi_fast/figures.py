@@ -82,6 +82,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """
     none: Mapping[str, Any] = {"restart": 0, "objective": [0]}
     selection = next((r for r in reversed(history) if r.get("restart") is not None), none)
+    networks = next((r["objective"] for r in history if r.get("phase") == "networks"), [])
     phases: dict[str, list[list[Mapping[str, Any]]]] = {}  # name, repeats, records
     for record in history:
         if record.get("epoch") is None:
@@ -97,8 +98,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         for i, records in enumerate(repeats):
             epochs = [r["epoch"] for r in records]
             objectives = list(zip(*map(_objectives, records), strict=True))
-            # Candidates outnumber restarts: none of them is the chosen one yet.
-            chosen = selection["restart"] if len(objectives) == len(selection["objective"]) else -1
+            chosen = _chosen(name, len(objectives), selection, networks)
             for restart, values in enumerate(objectives):
                 if restart != chosen:
                     axis.plot(epochs, values, color="0.75", linewidth=1.0, zorder=1)
@@ -120,6 +120,17 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _chosen(phase: str, width: int, selection: Mapping[str, Any], networks: Sequence[float | None]) -> int:
+    """The place of the restart that was kept among the ``width`` of a phase; -1 where it is not known yet, as of candidates."""
+    restart, restarts = selection["restart"], len(selection["objective"])
+    if width == restarts:
+        return restart
+    if phase.startswith("step 2") and width == len(networks):  # several a restart, of which the best is kept
+        own = range(restart * width // restarts, (restart + 1) * width // restarts)
+        return min(own, key=lambda i: math.inf if math.isnan(_number(networks[i])) else _number(networks[i]))
+    return -1
+
+
 def _training_legend(figure: Figure, repeats: int, held_out: bool) -> None:
     """What styles and colours mean, under all panels."""
     from matplotlib.lines import Line2D
@@ -128,7 +139,7 @@ def _training_legend(figure: Figure, repeats: int, held_out: bool) -> None:
     entries: list[tuple[str, str, Any]] = [("training rows", colour, "-")]
     if held_out:
         entries.append(("held-out rows", colour, "--"))
-    entries.append(("other restarts, candidates", "0.75", "-"))
+    entries.append(("other restarts, candidates, networks", "0.75", "-"))
     if repeats > 1:
         entries += [(f"repeat {i + 1}", CURVE_COLOURS[i % len(CURVE_COLOURS)], "-") for i in range(repeats)]
     handles = [Line2D([], [], color=colour, linestyle=style, label=label) for label, colour, style in entries]

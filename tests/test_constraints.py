@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import libi_fast as lf
+from libi_fast import figures
 from libi_fast.models.laplace import laplace, local_frame, local_log_likelihood, log_ratios
 from libi_fast.models.likelihoods import Likelihood
 from libi_fast.ops.henze_zirkler import whiten
@@ -511,6 +512,9 @@ def test_step_2_keeps_the_best_of_several_networks(step2, seed):
     assert len(ended[0]) == 1 and len(ended[1]) == 4 and ended[1][0] == pytest.approx(ended[0].item(), rel=1e-3)
     (networks,) = (r["objective"] for r in several.history if r["phase"] == "networks")
     assert len(networks) == 4 and torch.tensor(networks).argmin() == ended[1].argmin()
+    (axis,) = (a for a in figures.training_curves(several.history).axes if a.get_title() == "step 2")
+    kept = [line.get_ydata()[-1] for line in axis.lines if line.get_color() == figures.CURVE_COLOURS[0]]
+    assert kept[0] == pytest.approx(ended[1].min().item())
     q = [{k: v for k, v in state.items() if k.startswith("inference.")} for state in states]
     same = all(torch.equal(q[0][k], q[1][k]) for k in q[0])
     assert same == (int(ended[1].argmin()) == 0) == (step2 == "elbo")

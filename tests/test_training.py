@@ -275,7 +275,7 @@ def test_a_restart_that_turns_non_finite_is_not_chosen_and_all_of_them_stop_with
     assert torch.isfinite(method.log_likelihood(x, num_samples=10).log_likelihood).all()
     with torch.no_grad():
         method.model.decoder.sign.weight.fill_(-1)
-    with pytest.raises(FloatingPointError, match="epoch 0: (reconstruction|likelihood)"):
+    with pytest.raises(FloatingPointError, match=r"epoch 0: (reconstruction|likelihood)"):
         method.fit(x, epochs=5, warm_start=True, progress=False)
 
 

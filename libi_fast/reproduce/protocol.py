@@ -35,6 +35,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "step 1 ends by quadrature": ({"step1": "quadrature", "likelihood_share": 0.05, "finalists": 1}, {}),
     "step 2 by draws": ({"step2": "posterior", "finalists": 1}, {}),
     "step 2 by draws, of four networks": ({"step2": "posterior", "finalists": 1, "inference_restarts": 4}, {}),
+    "step 2 by draws, of wider pairs": ({"step2": "posterior", "finalists": 1, "simulated_std": 2.0}, {}),
 }
 KINDS: dict[str, Callable[..., Any]] = {
     "VAE": lf.VAE, "beta-VAE": lf.VAE, "annealing": lf.VAE, "lagging": lf.LaggingVAE, "LiBI": lf.LiBI, "ours": lf.LiBI,
