@@ -82,7 +82,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """
     none: Mapping[str, Any] = {"restart": 0, "objective": [0]}
     selection = next((r for r in reversed(history) if r.get("restart") is not None), none)
-    networks = next((r["objective"] for r in history if r.get("phase") == "networks"), [])
+    networks: list[float | None] = next((r["objective"] for r in history if r.get("phase") == "networks"), [])
     phases: dict[str, list[list[Mapping[str, Any]]]] = {}  # name, repeats, records
     for record in history:
         if record.get("epoch") is None:

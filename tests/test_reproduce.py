@@ -199,6 +199,23 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert not list(folder.path.glob("*.part")) and not list(folder.path.glob("*.checkpoint"))
 
 
+def test_measuring_goes_on_from_the_settings_that_are_done(tmp_path, monkeypatch):
+    """Of the paper's grids it takes longer than a command may have."""
+    folder = small(tmp_path, "beta-VAE")
+    piece = TINY.piece("LinearJTEx", "beta-VAE")
+    before = json.loads(folder.file(piece.name, "json").read_text())
+    folder.file(piece.name, "json").unlink()
+    measured, real = [], references.nearly_exact
+    monkeypatch.setattr(references, "nearly_exact", lambda model, x: (measured.append(1), real(model, x))[1])
+    restarts = len(TINY.seeds) * piece.training["restarts"]
+    assert pieces._result(folder, piece, False, late=lambda: True) is None
+    assert len(measured) == restarts and pieces.read_result(folder, piece) is None
+    again = pieces._result(folder, piece, False, late=lambda: True)  # the last setting's
+    assert len(measured) == 2 * restarts
+    assert again["selections"] == before["selections"] and again["validation"] == before["validation"]
+    assert not list(folder.path.glob("*.validation.*"))
+
+
 def test_a_draw_on_which_no_restart_stayed_finite_is_said_to_be_one(tmp_path, monkeypatch):
     folder = small(tmp_path, "VAE")
     piece = TINY.piece("LinearJTEx", "VAE")

@@ -1,6 +1,7 @@
 """Training and measuring the pieces of a protocol, shared out over processes; a run goes on where it stopped.
 
-Of a piece two files are kept, each whole or not at all: every restart's parameters once it is trained, and what was measured.
+Of a piece two files are kept, each whole or not at all: every restart's parameters once it is trained, and what was measured;
+and on the way there the training's checkpoint and what the settings so far reached on validation rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ OWN, LIKELIHOOD = "own objective", "validation likelihood"
 SELECTIONS = (OWN, LIKELIHOOD)
 """How restarts and settings are chosen, on validation rows: by the first a restart by its method's objective, the setting by
 the importance-sampled log-likelihood, as in the paper; by the second both by :func:`references.nearly_exact`."""
-TRUTH = "truth"
+TRUTH, VALIDATION = "truth", "validation"
+SAMPLED, EXACT = "importance-sampled", "exact"
 OTHERS = "is of other settings, or of another version of libi_fast: choose another --out, or remove it"
 
 
@@ -150,19 +152,28 @@ def read_result(folder: Folder, piece: Piece) -> dict[str, Any] | None:
 
 def result_of(folder: Folder, piece: Piece, progress: bool = False) -> dict[str, Any]:
     """What was measured of a piece; trained and measured first where it was not yet."""
+    content = _result(folder, piece, progress, lambda: False)
+    assert content is not None
+    return content
+
+
+def _result(folder: Folder, piece: Piece, progress: bool, late: Callable[[], bool]) -> dict[str, Any] | None:
+    """The same, or None where it became late."""
     content = read_result(folder, piece)
     if content is not None:
         return content
     protocol, identity = folder.protocol, identity_of(folder.protocol, piece, piece.dataset)
     states = trained(folder, piece, progress)
+    validation = _validation(folder, piece, states, late)
+    if validation is None:
+        return None
     truth = truth_of(folder, piece.dataset)["sets"]
     start = time.perf_counter()
     sets = protocol.data(piece.dataset)
     methods = piece.methods(sets[0])
-    choices, held_out = choose(methods, states, sets, protocol.samples)
     found: dict[tuple[int, int, int], dict[str, Any] | None] = {}
     selections: dict[str, Any] = {}
-    for selection, (setting, restarts) in choices.items():
+    for selection, (setting, restarts) in choose(validation[SAMPLED], validation[EXACT]).items():
         for k, restart in enumerate(restarts):
             key = (setting, k, restart)
             if not states[setting][k]:
@@ -175,41 +186,60 @@ def result_of(folder: Folder, piece: Piece, progress: bool = False) -> dict[str,
             "setting": setting, "settings": piece.grid[setting], "restarts": restarts, "sets": sets_found,
         }  # fmt: skip
     content = {
-        "identity": identity, "machine": machine(), "selections": selections, "validation": held_out,
+        "identity": identity, "machine": machine(), "selections": selections,
+        "validation": {name: validation[name] for name in (SAMPLED, EXACT)},
         "seconds": {
             "training": float(_notes(folder.file(piece.name, "safetensors"))["seconds"]),
-            "measuring": time.perf_counter() - start,
+            "measuring": validation["seconds"] + time.perf_counter() - start,
         },
     }  # fmt: skip
     folder.write(piece.name, content)
+    folder.file(f"{piece.name}.{VALIDATION}", "json").unlink()
     return content
 
 
-def choose(
-    methods: list[Any], states: list[list[list[dict[str, Tensor]]]], sets: Sequence[Any], samples: int
-) -> tuple[dict[str, tuple[int, list[int]]], dict[str, Any]]:
-    """{selection: (setting, the restart of each draw)}, and the validation log-likelihoods that they were chosen by."""
-    sampled: list[list[float]] = []
-    exact: list[list[list[float]]] = []
-    for method, of_sets in zip(methods, states, strict=True):
-        sampled.append([])
-        exact.append([])
-        for data, restarts in zip(sets, of_sets, strict=True):
-            exact[-1].append([])
-            if not restarts:
-                sampled[-1].append(-math.inf)
-                continue
-            method.load_state(restarts[0])
-            estimate = method.log_likelihood(data.validation, samples, published.INFLATION, pareto=False)
-            sampled[-1].append(float(estimate.log_likelihood.double().mean()))
+def _validation(
+    folder: Folder, piece: Piece, states: list[list[list[dict[str, Tensor]]]], late: Callable[[], bool]
+) -> dict[str, Any] | None:
+    """Log-likelihoods of the validation rows, by which restarts and settings are chosen: importance-sampled of the first
+    restart of [setting][draw], exact of [setting][draw][restart]. They are kept setting by setting, because those of the
+    paper's grids may take longer than a command has; None where it became late, after one setting at least."""
+    name, identity = f"{piece.name}.{VALIDATION}", identity_of(folder.protocol, piece, piece.dataset)
+    content = folder.read(name, identity) or {"identity": identity, SAMPLED: [], EXACT: [], "seconds": 0.0}
+    done = len(content[EXACT])
+    sets = folder.protocol.data(piece.dataset)
+    rows = [data.validation.to(folder.device) for data in sets]
+    for s, method in enumerate(piece.methods(sets[0], folder.device)):
+        if s < done:
+            continue
+        if s > done and late():
+            return None
+        start = time.perf_counter()
+        sampled, exact = [], []
+        for x, restarts in zip(rows, states[s], strict=True):
+            values = []
             for state in restarts:
                 method.load_state(state)
-                exact[-1][-1].append(references.nearly_exact(method.model, data.validation))
+                values.append(references.nearly_exact(method.model, x))
+            exact.append(values)
+            sampled.append(-math.inf)
+            if restarts:
+                method.load_state(restarts[0])
+                estimate = method.log_likelihood(x, folder.protocol.samples, published.INFLATION, pareto=False)
+                sampled[-1] = float(estimate.log_likelihood.double().mean())
+        content[SAMPLED].append(sampled)
+        content[EXACT].append(exact)
+        content["seconds"] += time.perf_counter() - start
+        folder.write(name, content)
+    return content
+
+
+def choose(sampled: list[list[float]], exact: list[list[list[float]]]) -> dict[str, tuple[int, list[int]]]:
+    """{selection: (setting, the restart of each draw)} by the validation rows' log-likelihoods, see :func:`_validation`."""
     by_sampled = _best([math.fsum(row) for row in sampled])
     best = [[_best(restarts) for restarts in row] for row in exact]
     by_exact = _best([math.fsum(max(restarts, default=-math.inf) for restarts in row) for row in exact])
-    chosen = {OWN: (by_sampled, [0] * len(sets)), LIKELIHOOD: (by_exact, best[by_exact])}
-    return chosen, {"importance-sampled": sampled, "exact": exact}
+    return {OWN: (by_sampled, [0] * len(sampled[0])), LIKELIHOOD: (by_exact, best[by_exact])}
 
 
 def _best(values: Sequence[float]) -> int:
@@ -235,21 +265,27 @@ def run(
     folder: Folder, pieces: Sequence[Piece], seconds: float | None = None, progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> bool:  # fmt: skip
-    """Do this process's share of the pieces that are not done; True once all its pieces are. After ``seconds`` none is begun.
+    """Do this process's share of the pieces that are not done; True once all its pieces are. After ``seconds`` none is begun,
+    nor the measuring of another setting.
 
     Processes are those of torchrun (RANK and WORLD_SIZE); they share nothing but the folder.
     """
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     own = shares(pieces, processes)[rank]
     start = time.perf_counter()
+
+    def late() -> bool:
+        return seconds is not None and time.perf_counter() - start > seconds
+
     for i, piece in enumerate(own):
         if read_result(folder, piece) is not None:
             continue
-        if seconds is not None and time.perf_counter() - start > seconds:
+        if late():
             return False
         begun = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # restarts that diverged are in the histories; Pareto k in the results
-            result_of(folder, piece, progress)
+            if _result(folder, piece, progress, late) is None:
+                return False
         say(f"{piece.name} ({i + 1} of {len(own)}): {time.perf_counter() - begun:.0f} s")
     return True
