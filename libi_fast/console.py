@@ -23,15 +23,19 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(highlight=False)
+
+    def text(cell: str) -> Text:  # Text: a column called "[red]" is not markup
+        return Text(cell if console.encoding.startswith("utf") else cell.replace("±", "+-"))
+
     table = Table(box=box.SIMPLE)
     for i, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(text(name), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: a column called "[red]" is not markup
-    console = Console(highlight=False)
+        table.add_row(*map(text, row))
     if not console.is_terminal:
         console.width = max(console.width, WIDE)
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
     if caption is not None:
-        console.print(Text(caption), soft_wrap=True)
+        console.print(text(caption), soft_wrap=True)

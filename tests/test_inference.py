@@ -69,6 +69,51 @@ def test_full_covariance_finds_the_exact_posterior_of_a_linear_model(sampler, st
     assert relative.abs().mean() < 0.03 and relative.abs().max() < 0.1
 
 
+class Wavy(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z + 0.3 * torch.sin(1.5 * z)
+
+
+def test_wider_pairs_make_q_right_at_rows_that_the_model_finds_improbable():
+    model = lf.LatentVariableModel(Wavy(), lf.Gaussian(1e-3), 2)
+    z = 5.0 * nn.functional.normalize(torch.randn(500, 2, generator=torch.Generator().manual_seed(1)))
+    x = model.decode(z)
+    fit = {}
+    for std in (1.0, 2.0):
+        torch.manual_seed(0)
+        q = lf.MeanFieldGaussian(lf.mlp(2, [30], 4, "relu"))
+        lf.fit_inference(model, q, x, sampler="simulated", simulated_std=std, epochs=400, progress=False)
+        with torch.no_grad():
+            near = model.sample_joint(2000, seed=3)
+            fit[std] = [q(rows).log_prob(codes[:, None]).mean().item() for rows, codes in (near, (x, z))]
+    assert fit[2.0][1] > fit[1.0][1] + 4.0, "far out"
+    assert fit[2.0][0] > fit[1.0][0] - 0.5, "where the mass is"
+
+
+@pytest.mark.parametrize("std", [1.0, 2.0])
+def test_q_is_judged_by_pairs_as_wide_as_the_prior(std):
+    """At the exact posterior the objective is that posterior's entropy, and any other q's is higher."""
+    noise = 0.49
+    decoder = nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        decoder.weight.copy_(torch.eye(2))
+    model = lf.LatentVariableModel(decoder, lf.Gaussian(noise), 2)
+    x, judged = model.sample(20_000, seed=2), {}
+    variance = noise / (1 + noise)
+    for name, slope, log_std in (("exact", 1 / (1 + noise), 0.5 * math.log(variance)), ("prior", 0.0, 0.0)):
+        network = nn.Linear(2, 4).double()
+        with torch.no_grad():
+            network.weight.zero_()[:2].copy_(slope * torch.eye(2))
+            network.bias.copy_(torch.tensor([0.0, 0.0, log_std, log_std]))
+        q = lf.MeanFieldGaussian(network)
+        history = lf.fit_inference(
+            model, q, x, x, sampler="simulated", simulated_std=std, epochs=1, learning_rate=1e-12, progress=False
+        )  # fmt: skip
+        (judged[name],) = history[-1]["objective"]
+    assert judged["exact"] == pytest.approx(math.log(2 * math.pi * math.e * variance), abs=0.03)
+    assert judged["prior"] == pytest.approx(math.log(2 * math.pi) + 1, abs=0.03)
+
+
 def test_mean_field_has_the_marginal_variances_and_by_the_elbo_the_conditional_ones():
     """The two divergences' closed forms on a correlated posterior (Bishop 2006, Eqs 10.13 and 10.17)."""
     model = linear_model()
@@ -389,7 +434,8 @@ def test_draws_are_of_each_replicas_own_model():
 @of_processes
 def _fit(rank, world, result, sampler):
     d = data(F64)
-    libi = lf.LiBI(d.model(), inference("mixture", columns=2), step2="posterior", sampler=sampler, repeats=1)
+    wide = {"simulated_std": 2.0} if "simulated" in sampler else {}
+    libi = lf.LiBI(d.model(), inference("mixture", columns=2), step2="posterior", sampler=sampler, repeats=1, **wide)
     libi.fit(d.train, d.validation, epochs=60, progress=False)
     result.append((rank, [p.tolist() for p in libi.state().values()]))
 
@@ -437,6 +483,7 @@ def test_early_stopping_looks_at_draws_of_held_out_rows():
         ({"step2": "importance"}, "step2='importance' takes a MeanFieldGaussian, got MixtureGaussian"),
         ({"step1": "importance"}, "step1='importance' takes a MeanFieldGaussian, got MixtureGaussian"),
         ({"step2": "posterior", "simulated_std": 0.0}, "simulated_std must be"),
+        ({"step2": "posterior", "simulated_std": 0.9}, "simulated_std must be at least 1"),
         ({"step2": "elbo", "simulated_std": 2.0}, "simulated_std is of 'posterior' with a sampler that simulates"),
     ],
 )

@@ -164,6 +164,13 @@ def test_a_piece_holds_what_the_table_shows(done):
     assert one["minus maximum likelihood"] == pytest.approx(one["exact"] - truth["log-likelihood of maximum likelihood"])
 
 
+def test_a_mean_is_shown_as_precisely_as_it_is_known():
+    shown = {(-0.0061, 0.0187): "-0.006±0.019", (-50.49, 46.72): "-50±47", (1.8891, 0.0362): "1.889±0.036",
+             (0.00004, 0.00002): "0.0000±0.0000", (7.5, 0.0): "7.500", (7.5, float("nan")): "7.500"}  # fmt: skip
+    for (mean, error), text in shown.items():
+        assert str(tables.Mean(mean, 1.0, error)) == text
+
+
 def test_the_table_has_the_rows_that_are_wanted(done):
     assert set(report.collect(done)["LinearJTEx"]) == {"VAE", "beta-VAE", "LiBI", pieces.TRUTH}
     assert set(report.collect(done, ["VAE", "ours"])["LinearJTEx"]) == {"VAE", pieces.TRUTH}  # ours is not done

@@ -38,7 +38,8 @@ def run(
     Args:
         what: 'table1', 'figure1' to 'figure5', 'ablations' (of LiBI, as paired differences), or 'all'.
         protocol: 'quick', 'paper' or 'smoke'.
-        out: the folder. seconds: begin no piece after that many. device: to train on. progress: say what is done.
+        out: the folder. seconds: begin no piece after that many, nor a look at another setting. device: to train on.
+        progress: say what is done.
         first_seed: of the data sets, which are of it and the seeds that follow; None for the protocol's own.
         methods: rows of 'table1' that are wanted, such as 'VAE', 'LiBI' and 'ours'; None for all.
         datasets: of 'table1' and 'ablations', such as 'LinearJTEx'; None for all.

@@ -69,7 +69,7 @@ class Folder:
 
 
 def identity_of(protocol: Protocol, piece: Piece | None, dataset: str) -> dict[str, Any]:
-    """What decides the numbers of a piece, or of a data set's truth."""
+    """What decides the numbers of a piece, or of a data set's truth, between releases."""
     common = {
         "libi_fast": own_version(), "dataset": dataset, "seeds": protocol.seeds, "rows": protocol.rows,
         "repetitions": protocol.repetitions,
@@ -158,7 +158,7 @@ def result_of(folder: Folder, piece: Piece, progress: bool = False) -> dict[str,
 
 
 def _result(folder: Folder, piece: Piece, progress: bool, late: Callable[[], bool]) -> dict[str, Any] | None:
-    """The same, or None where it became late."""
+    """The same, or None where it was ``late()`` before all settings were looked at; the chosen ones are then measured whole."""
     content = read_result(folder, piece)
     if content is not None:
         return content
@@ -193,8 +193,8 @@ def _result(folder: Folder, piece: Piece, progress: bool, late: Callable[[], boo
             "measuring": validation["seconds"] + time.perf_counter() - start,
         },
     }  # fmt: skip
+    folder.file(f"{piece.name}.{VALIDATION}", "json").unlink(missing_ok=True)  # first: none is ever left behind
     folder.write(piece.name, content)
-    folder.file(f"{piece.name}.{VALIDATION}", "json").unlink()
     return content
 
 

@@ -19,7 +19,11 @@ class Mean(NamedTuple):
     error: float
 
     def __str__(self) -> str:
-        return f"{number(self.mean)}±{number(self.error, digits=2)}" if self.error > 0 else number(self.mean)
+        """Both to about two digits of the error, four decimals at most."""
+        if not 0 < self.error < math.inf:
+            return number(self.mean)
+        decimals = min(4, max(0, 1 - math.floor(math.log10(self.error))))
+        return f"{self.mean:.{decimals}f}±{self.error:.{decimals}f}"
 
 
 class Table(NamedTuple):
@@ -42,12 +46,12 @@ def mean_of(values: Sequence[float | None]) -> Mean | None:
     return Mean(mean, deviation, deviation / math.sqrt(n))
 
 
-def number(value: float, digits: int = 3) -> str:
+def number(value: float) -> str:
     """Three decimals, four where it is small, none where it is large."""
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
-    return f"{value:.0f}" if size >= 1000 else f"{value:.{1 if size >= 100 else digits if size >= 0.01 or not size else 4}f}"
+    return f"{value:.0f}" if size >= 1000 else f"{value:.{1 if size >= 100 else 3 if size >= 0.01 or not size else 4}f}"
 
 
 def shown(value: Mean | None) -> str:

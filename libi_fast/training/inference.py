@@ -47,6 +47,8 @@ def check_objective(label: str, objective: Any, sampler: Any, simulated_std: Any
         if choice not in known:
             raise InputError(f"{name} must be one of {', '.join(map(repr, known))}, got {choice!r}")
     lib.check_positive("simulated_std", simulated_std)
+    if simulated_std < 1:  # then weights have no bound
+        raise InputError(f"simulated_std must be at least 1, got {simulated_std}")
     if simulated_std != 1 and not ("posterior" in objective and "simulated" in sampler):
         raise InputError("simulated_std is of 'posterior' with a sampler that simulates; others would ignore it")
 
@@ -85,10 +87,10 @@ def inference_stages(
             return importance_terms(run, rows, max(samples, importance_samples), "doubly-reparameterized", step)
         return elbo_terms(run.replicas, rows, run.noise(rows, samples, step))
 
-    def likelihood(rows: Rows, step: int) -> Terms:
+    def likelihood(rows: Rows, step: int, std: float = 1.0) -> Terms:
         terms: Terms = {}
         if "simulated" in chosen:
-            terms |= simulated_terms(run, max(PAIRS, rows.total), rows, step, simulated_std)
+            terms |= simulated_terms(run, max(PAIRS, rows.total), rows, step, std)
         if drawn:
             terms |= posterior_terms(run.replicas, rows, draws_of(run, rows, step))
         return {name: term / len(chosen) for name, term in terms.items()}
@@ -120,7 +122,9 @@ def inference_stages(
         name = "step 2" if objective == "posterior" else "step 2, posterior"
         stages += [
             Phase(
-                name, epochs - first if objective == "elbo+posterior" else epochs, ("inference.",), likelihood,
+                name, epochs - first if objective == "elbo+posterior" else epochs, ("inference.",),
+                lambda rows, step: likelihood(rows, step, simulated_std),
+                # Judged by pairs as wide as the prior: weights of wider ones depend on the q that is judged.
                 (lambda: likelihood(run.validation, VALIDATION_DRAWS)) if looks else None,
             )
         ]  # fmt: skip
@@ -273,9 +277,10 @@ def fit_inference(
             draws of the rows of x from ``sample_posterior``, taken once: by resampling among 5000 candidates from a mixture of
             Laplace's approximations with a tenth of the prior (its likelihood must know its Fisher information), or by 16
             chains that start from them. 'simulated+sir', 'simulated+hmc': half the objective each.
-        simulated_std: standard deviation of the codes of 'simulated'; the prior's is 1. Above it there are more pairs where the
-            model has little mass, so that q is right for rows that it finds improbable too; weights keep the codes' law
-            p(z | x) at every x.
+        simulated_std: standard deviation of the codes that 'simulated' draws, at least the prior's 1. Above it there are more
+            pairs where the model has little mass, so that q is right for rows that it finds improbable too. Weights, which
+            are capped, keep the codes' law p(z | x) at every x; what q is judged by is drawn as wide as the prior. A small
+            network is worse for it where the mass is.
         num_samples: draws kept of each row, of 'sir' and 'hmc' (a multiple of 16), of which a step takes 8; fewer, where those
             of all rows would take more than 2^26 numbers.
         encoder: a network of q's architecture up to its last layer, whose first L outputs are codes of x: q begins with them
@@ -287,8 +292,8 @@ def fit_inference(
         The history, a record an entry; the objective is in nats a row.
 
     Raises:
-        InputError: an unknown name, data or sizes that do not fit, 'hmc' and 'sir' of data that are not in memory; TypeError:
-        wrong types; FloatingPointError: training became non-finite.
+        InputError: an unknown name, a ``simulated_std`` below 1 or of no use, data or sizes that do not fit, 'hmc' and 'sir' of
+        data that are not in memory; TypeError: wrong types; FloatingPointError: training became non-finite.
 
     Source:
         The sleep phase of wake-sleep (Hinton et al. 1995); inference compilation (Le et al. 2017); Naesseth et al. 2020.

@@ -75,7 +75,7 @@ class LiBI(Method):
             log q(z | x) at draws from p(z | x), of which q then covers all; 'elbo+posterior', half the epochs each.
         sampler: where those draws come from: 'simulated', z ~ p(z) and x ~ p(x | z), new in every step; 'sir' or 'hmc', draws
             of the training rows, taken once a step 2; 'simulated+sir', 'simulated+hmc' (see :func:`libi_fast.fit_inference`).
-        simulated_std: of the codes of 'simulated' (see :func:`libi_fast.fit_inference`).
+        simulated_std: standard deviation of the codes that 'simulated' draws (see :func:`libi_fast.fit_inference`).
         num_samples: S of 'importance'.
         inference_restarts: networks q that the first step 2 begins with, for every restart's theta: the one that step 1 leaves,
             and others drawn anew. The best by what step 2 maximises goes on: the codes of step 1 may be a start from which q
@@ -91,7 +91,8 @@ class LiBI(Method):
             geometric grid, because 0.05 is far too wide where the noise variance is 1e-6.
 
     Raises:
-        InputError: a weight or tolerance that is not positive, repeats below 1, fewer rows a batch than the statistics need.
+        InputError: a weight or tolerance that is not positive, a setting that would be ignored, repeats below 1, fewer rows a
+        batch than the statistics need.
     """
 
     name = "libi"

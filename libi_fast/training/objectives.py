@@ -34,8 +34,8 @@ def elbo_terms(replicas: Replicas, rows: Rows, noise: Callable[[], Tensor], beta
 def simulated_terms(run: Run, pairs: int, rows: Rows, repetition: int, std: float = 1.0) -> Terms:
     """-log q(z | x) of ``pairs`` new draws z ~ N(0, std^2 I), x ~ p(x | z) of each replica's own model: at std = 1 exact draws
     from p(z | x) at data that the model makes itself. Else the draws are weighted by p(z) / N(z; 0, std^2 I), and by that
-    ratio's inverse at the code h(x): a function of x alone, so that at every x the codes' law is p(z | x) still, while
-    there are more of the x that the model finds improbable."""
+    ratio's inverse at the code h(x): a function of x alone, so that at every x the codes' law is p(z | x) still (up to the
+    cap on the weights), while there are more of the x that the model finds improbable."""
     replicas, model = run.replicas, run.replicas.template.model
     part = distributed.shard(pairs) if rows.spread else slice(0, pairs)
     own: dict[str, Any] = {
