@@ -108,7 +108,7 @@ def test_bounds_hold_the_exact_likelihood(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["LinearJTEx", "Mobius", "CubicJTEx"])
 def test_a_thousand_temperatures_suffice(name: str) -> None:
-    found, exact = check_bounds(name, 200, 1000)
+    found, exact = check_bounds(name, 80, 1000)
     print(
         f"{name}: lower - exact {(found.lower - exact).mean():.4f} (largest of a row {(found.lower - exact).abs().max():.3f}), "
         f"upper - exact {(found.upper - exact).mean():.4f}, gap {found.gap.mean():.4f}"
