@@ -223,6 +223,14 @@ def test_measuring_goes_on_from_the_settings_that_are_done(tmp_path, monkeypatch
     assert not list(folder.path.glob("*.validation.*"))
 
 
+def test_training_curves_colour_the_network_that_was_kept():
+    choice = {"restart": 1, "objective": [0.0, -1.0]}
+    networks = [3.0, 1.0, 2.0, None, 5.0, 4.0]  # three of each restart; one became non-finite
+    assert figures._chosen("step 2", 6, choice, networks) == 5
+    assert figures._chosen("step 1", 2, choice, networks) == 1
+    assert figures._chosen("candidates", 6, choice, networks) == -1
+
+
 def test_a_draw_on_which_no_restart_stayed_finite_is_said_to_be_one(tmp_path, monkeypatch):
     folder = small(tmp_path, "VAE")
     piece = TINY.piece("LinearJTEx", "VAE")

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import libi_fast as lf
+from libi_fast.reproduce import pieces
+from libi_fast.reproduce.protocol import PROTOCOLS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DECODERS = {"narrow": (2, [50], 2), "wide": (8, [40, 30], 70)}
@@ -122,3 +124,15 @@ def test_a_gpu_that_is_not_the_current_one():
     assert torch.cuda.current_device() == 0
     for a, b in zip(there, here, strict=True):
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dataset", "method"), [("LinearJTEx", "LiBI"), ("LinearJTEx", "ours"), ("CubicJTEx", "VAE")])
+def test_a_piece_of_the_reproduction_is_trained_and_looked_at_there(tmp_path, dataset, method):
+    """As on the CPU, to what float32 and another order of sums leave of two short runs."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        folder = pieces.Folder(tmp_path / device, PROTOCOLS["smoke"], device)
+        content = pieces.result_of(folder, folder.protocol.piece(dataset, method))
+        found[device] = torch.tensor(content["validation"]["exact"])
+    assert found["cuda"].isfinite().all()
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=0.05, atol=0.05)
