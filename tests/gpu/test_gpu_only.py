@@ -133,6 +133,6 @@ def test_a_piece_of_the_reproduction_is_trained_and_looked_at_there(tmp_path, da
     for device in ("cpu", "cuda"):
         folder = pieces.Folder(tmp_path / device, PROTOCOLS["smoke"], device)
         content = pieces.result_of(folder, folder.protocol.piece(dataset, method))
-        found[device] = torch.tensor(content["validation"]["exact"])
+        found[device] = torch.tensor(content["validation"]["exact"]).sort(-1).values
     assert found["cuda"].isfinite().all()
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=0.05, atol=0.05)
