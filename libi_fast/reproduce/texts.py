@@ -20,10 +20,10 @@ expected to reach. On Mobius it is that of the map's own six numbers, of which a
 
 LiBI as published maximises log p(x | h(x)) under penalties on the codes h(x), then the ELBO over q. Our variant ends
 step 1 by the likelihood itself, integrated where p(z | x) has its mass (on Mobius with a normal prior on the decoder's
-matrices), and learns q by draws from p(z | x), so that q covers the posterior and its importance-sampled values can be
-trusted. Every method starts from whitened codes and a decoder
-that is fitted to them for 300 epochs, which the paper leaves open; without that the bounds do not converge where the
-noise variance is 1e-6.
+matrices), and learns q by draws from p(z | x) (on Mobius from pairs wider than the prior, too), so that q covers the
+posterior and its importance-sampled values can be trusted. Every method starts from whitened codes and a decoder that
+is fitted to them for 300 epochs, which the paper leaves open; without that the bounds do not converge where the noise
+variance is 1e-6.
 """
 
 _CLOSED_FORMS = """
